@@ -1,0 +1,139 @@
+"""The model as data: nodes, values and references to weights. Nothing here reads a file.
+
+A `Graph` is an ONNX graph: its operators, attributes and meaning are the standard's. Weights are
+`WeightRef`s, which say where the bytes are and how they are stored, so that a provider decides
+when (and whether) to read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+Dim = int | str | None
+"""One dimension: a size, the name of a symbolic size, or None when nothing is known."""
+
+DTYPES: Mapping[int, str] = MappingProxyType({
+    1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64",
+    8: "string", 9: "bool", 10: "float16", 11: "float64", 12: "uint32", 13: "uint64",
+    14: "complex64", 15: "complex128", 16: "bfloat16", 17: "float8e4m3fn", 18: "float8e4m3fnuz",
+    19: "float8e5m2", 20: "float8e5m2fnuz", 21: "uint4", 22: "int4", 23: "float4e2m1",
+})
+"""onnx.TensorProto.DataType number -> the element type's name as used throughout this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a block of weights is stored: `block` elements take `nbytes` bytes."""
+
+    name: str
+    block: int
+    nbytes: int
+
+
+ENCODINGS: Mapping[str, Encoding] = MappingProxyType({
+    e.name: e
+    for e in (
+        Encoding("float32", 1, 4), Encoding("float16", 1, 2), Encoding("bfloat16", 1, 2),
+        Encoding("uint8", 1, 1),
+        Encoding("q8_0", 32, 34), Encoding("q4_0", 32, 18), Encoding("q4_1", 32, 20),
+        Encoding("q4_k", 256, 144), Encoding("q5_k", 256, 176), Encoding("q6_k", 256, 210),
+    )
+})
+"""The encodings of a logically float weight. Blocks run along the last stored axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRef:
+    """Where one weight lies and how it is stored; never its bytes, unless they have no file.
+
+    `shape` and `dtype` are the logical tensor, as the graph sees it. `encoding` is its storage:
+    a name of `ENCODINGS`, or `raw` (little-endian elements of `dtype` itself, C order). When
+    `transposed`, the file holds the tensor with its last two axes swapped: a logical (K, N)
+    matrix stored as N rows of K. An encoding "uint8" stands for (q - zero_point) * scale.
+    `source` is a file, or the bytes themselves for a constant that exists only in memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    source: Path | bytes
+    offset: int = 0
+    nbytes: int = 0
+    encoding: str = "raw"
+    transposed: bool = False
+    scale: float = 1.0
+    zero_point: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in storage order: `shape` with the last two axes swapped when transposed."""
+        if not self.transposed:
+            return self.shape
+        return (*self.shape[:-2], self.shape[-1], self.shape[-2])
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for two references to the same stored bytes (tied weights are read once)."""
+        where = self.source if isinstance(self.source, Path) else id(self.source)
+        return (where, self.offset, self.nbytes, self.encoding)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A graph input or output: its name, element type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator application. `attributes` hold int, float, str, bytes, tuples of them,
+    numpy arrays (tensor attributes) or `Graph`s (bodies of If, Loop and Scan). An omitted
+    optional input is the empty string."""
+
+    op_type: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Nodes in topological order, their inputs and outputs, and the weights they refer to.
+
+    `opset` maps a domain ("" is ai.onnx) to its version. `metadata` carries what the format
+    knows beside the graph (`architecture`, `context_length`, ...), for show and inspect.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    initializers: Mapping[str, WeightRef]
+    opset: Mapping[str, int]
+    name: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def with_(self, **changes: Any) -> Graph:
+        """A copy with some fields replaced."""
+        return replace(self, **changes)
+
+    def producers(self) -> dict[str, Node]:
+        """Value name -> the node that computes it."""
+        return {o: n for n in self.nodes for o in n.outputs if o}
+
+    def consumers(self) -> dict[str, list[Node]]:
+        """Value name -> the nodes that read it, in order."""
+        result: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for i in node.inputs:
+                if i:
+                    result.setdefault(i, []).append(node)
+        return result

@@ -1,0 +1,98 @@
+"""Operators by name: declaring them, finding them, loading the files that hold them.
+
+An operator is declared beside its kernels:
+
+    @op("Softmax", since=13)
+    def softmax(x, *, axis=-1):
+        '''x: (..., C, ...) -> same shape, each slice along `axis` sums to one.'''
+
+Positional parameters are the ONNX inputs in the standard's order (None when omitted), keyword-only
+parameters are its attributes with the standard's defaults. This module imports nothing of the
+package; every other room may import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One version of one operator on one device.
+
+    `native` names the inputs that the function takes in the engine's own form (an encoded
+    `Weight`, a `KVSlot`); all other inputs reach it as numpy arrays. `attributes` are the
+    keyword-only parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes
+    `n_outputs`, the number of outputs the node names.
+    """
+
+    op_type: str
+    domain: str
+    since: int
+    device: str
+    function: Callable[..., Any]
+    native: frozenset[int]
+    attributes: frozenset[str]
+    wants_outputs: bool
+
+
+_OPERATORS: dict[tuple[str, str, str], dict[int, Operator]] = {}
+
+
+def op(
+    op_type: str,
+    *,
+    since: int = 1,
+    domain: str = "",
+    device: str = "cpu",
+    native: tuple[str, ...] = (),
+) -> Callable[[F], F]:
+    """Declare that the function implements `op_type` of `domain` from opset `since` on."""
+
+    def declare(function: F) -> F:
+        parameters = list(inspect.signature(function).parameters.values())
+        keywords = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        entry = Operator(
+            op_type, domain, since, device, function,
+            native=frozenset(positional.index(n) for n in native),
+            attributes=frozenset(keywords - {"n_outputs"}),
+            wants_outputs="n_outputs" in keywords,
+        )  # fmt: skip
+        _OPERATORS.setdefault((domain, op_type, device), {})[since] = entry
+        return function
+
+    return declare
+
+
+def lookup(op_type: str, domain: str, version: int, device: str = "cpu") -> Operator | None:
+    """The newest declared version not above `version`; on another device, else on the CPU."""
+    load_kernels()
+    for where in dict.fromkeys((device, "cpu")):
+        versions = _OPERATORS.get((domain, op_type, where), {})
+        usable = [since for since in versions if since <= version]
+        if usable:
+            return versions[max(usable)]
+    return None
+
+
+def operators() -> Mapping[tuple[str, str, str], Mapping[int, Operator]]:
+    """All declared operators: (domain, op_type, device) -> {since: Operator}."""
+    load_kernels()
+    return _OPERATORS
+
+
+@cache
+def load_kernels() -> None:
+    """Import every file of the kernels package once (and thereby numba)."""
+    package = importlib.import_module("onnxstream_nb.kernels")
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
