@@ -31,7 +31,8 @@ class Operator:
     `native` names the inputs that the function takes in the engine's own form (an encoded
     `Weight`, a `KVSlot`); all other inputs reach it as numpy arrays. `attributes` are the
     keyword-only parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes
-    `n_outputs`, the number of outputs the node names.
+    `n_outputs`, the number of outputs the node names. `uses` names the kernels it may call, so
+    that they are compiled before the first run; "{encoding}" stands for its weight's encoding.
     """
 
     op_type: str
@@ -42,9 +43,11 @@ class Operator:
     native: frozenset[int]
     attributes: frozenset[str]
     wants_outputs: bool
+    uses: tuple[str, ...]
 
 
 _OPERATORS: dict[tuple[str, str, str], dict[int, Operator]] = {}
+_KERNELS: dict[str, Any] = {}
 
 
 def op(
@@ -54,6 +57,7 @@ def op(
     domain: str = "",
     device: str = "cpu",
     native: tuple[str, ...] = (),
+    uses: tuple[str, ...] = (),
 ) -> Callable[[F], F]:
     """Declare that the function implements `op_type` of `domain` from opset `since` on."""
 
@@ -66,6 +70,7 @@ def op(
             native=frozenset(positional.index(n) for n in native),
             attributes=frozenset(keywords - {"n_outputs"}),
             wants_outputs="n_outputs" in keywords,
+            uses=uses,
         )  # fmt: skip
         _OPERATORS.setdefault((domain, op_type, device), {})[since] = entry
         return function
@@ -82,6 +87,19 @@ def lookup(op_type: str, domain: str, version: int, device: str = "cpu") -> Oper
         if usable:
             return versions[max(usable)]
     return None
+
+
+def register_kernel(name: str, kernel: Any) -> None:
+    """Remember a kernel under its name, which must be unique."""
+    if name in _KERNELS:
+        raise ValueError(f"two kernels are called {name}")
+    _KERNELS[name] = kernel
+
+
+def kernels() -> Mapping[str, Any]:
+    """All declared kernels by name."""
+    load_kernels()
+    return _KERNELS
 
 
 def operators() -> Mapping[tuple[str, str, str], Mapping[int, Operator]]:

@@ -1,0 +1,202 @@
+"""Matrix times vector: y = W x, for every encoding and both storage orders.
+
+Dims: N outputs, K inputs. Row order (`rows`): W is stored (N, K), as GGUF and safetensors hold it.
+Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. x (K,) and y (N,) are float32.
+Each weight is read once; the threads own contiguous ranges of outputs.
+"""
+
+from .encoding import element, unpack
+from .jit import arg, jit, kernel, share
+from .quant import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, UINT8
+from .vector import (
+    add, fma, load_f32, peek_f32, poke_f32, prefetch, splat, store_f32, sum_lanes, zero,
+)  # fmt: skip
+
+AHEAD = 512  # bytes: far enough for a line to arrive, near enough to stay in the first cache
+
+
+@jit
+def dot(token, row, x, k):
+    """One row (K,) times x (K,) -> float32."""
+    a, b = zero(), zero()
+    for g in range(k >> 5):
+        low, high = unpack(token, row, g)
+        a = fma(low, load_f32(x + 128 * g), a)
+        b = fma(high, load_f32(x + 128 * g + 64), b)
+    total = sum_lanes(add(a, b))
+    for i in range(k >> 5 << 5, k):
+        total += element(token, row, i) * peek_f32(x + 4 * i)
+    return total
+
+
+@jit
+def dot4(token, row, stride, x, y, k):
+    """Four rows (4, K) times x (K,) -> (4,) at y; K a multiple of 32."""
+    r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
+    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+    b0, b1, b2, b3 = zero(), zero(), zero(), zero()
+    step = (stride << 5) // k
+    for g in range(k >> 5):
+        x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
+        ahead = g * step + AHEAD
+        prefetch(row + ahead)
+        low, high = unpack(token, row, g)
+        a0, b0 = fma(low, x0, a0), fma(high, x1, b0)
+        prefetch(r1 + ahead)
+        low, high = unpack(token, r1, g)
+        a1, b1 = fma(low, x0, a1), fma(high, x1, b1)
+        prefetch(r2 + ahead)
+        low, high = unpack(token, r2, g)
+        a2, b2 = fma(low, x0, a2), fma(high, x1, b2)
+        prefetch(r3 + ahead)
+        low, high = unpack(token, r3, g)
+        a3, b3 = fma(low, x0, a3), fma(high, x1, b3)
+    poke_f32(y, sum_lanes(add(a0, b0)))
+    poke_f32(y + 4, sum_lanes(add(a1, b1)))
+    poke_f32(y + 8, sum_lanes(add(a2, b2)))
+    poke_f32(y + 12, sum_lanes(add(a3, b3)))
+
+
+@jit
+def rows(token, args, thread, threads):
+    """args: W (N, K), bytes a row, x, y, N, K."""
+    weights, stride, x, y, n, k = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+    )  # fmt: skip
+    start, stop = share(n, 4, thread, threads)
+    last = start
+    if k & 31 == 0:
+        last = start + (stop - start) // 4 * 4
+        for i in range(start, last, 4):
+            dot4(token, weights + stride * i, stride, x, y + 4 * i, k)
+    for i in range(last, stop):
+        poke_f32(y + 4 * i, dot(token, weights + stride * i, x, k))
+
+
+@jit
+def add_rows(token, row, stride, x, y, start, stop):
+    """y[start:stop] += x (4,) times 4 stored rows (4, N), each `stride` bytes long."""
+    x0, x1 = splat(peek_f32(x)), splat(peek_f32(x + 4))
+    x2, x3 = splat(peek_f32(x + 8)), splat(peek_f32(x + 12))
+    r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
+    first = (start + 31) // 32 * 32
+    last = max(first, stop // 32 * 32)
+    for g in range(first >> 5, last >> 5):
+        p = y + 128 * g
+        a, b = load_f32(p), load_f32(p + 64)
+        low, high = unpack(token, row, g)
+        a, b = fma(low, x0, a), fma(high, x0, b)
+        low, high = unpack(token, r1, g)
+        a, b = fma(low, x1, a), fma(high, x1, b)
+        low, high = unpack(token, r2, g)
+        a, b = fma(low, x2, a), fma(high, x2, b)
+        low, high = unpack(token, r3, g)
+        a, b = fma(low, x3, a), fma(high, x3, b)
+        store_f32(p, a)
+        store_f32(p + 64, b)
+    add_row_edges(token, row, stride, x, y, last, stop, 4)
+
+
+@jit
+def add_row_edges(token, row, stride, x, y, start, stop, count):
+    """y[start:stop] += x (count,) times `count` stored rows, one output at a time."""
+    for j in range(start, stop):
+        total = peek_f32(y + 4 * j)
+        for i in range(count):
+            total += element(token, row + stride * i, j) * peek_f32(x + 4 * i)
+        poke_f32(y + 4 * j, total)
+
+
+@jit
+def columns(token, args, thread, threads):
+    """args: W (K, N), bytes a row, x, y, N, K. Threads own columns, in cuts of 32."""
+    weights, stride, x, y, n, k = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+    )  # fmt: skip
+    start, stop = share(n, 32, thread, threads)
+    for j in range(start, stop):
+        poke_f32(y + 4 * j, 0.0)
+    last = k // 4 * 4
+    for i in range(0, last, 4):
+        add_rows(token, weights + stride * i, stride, x + 4 * i, y, start, stop)
+    if last < k:
+        row = weights + stride * last
+        add_row_edges(token, row, stride, x + 4 * last, y, start, stop, k - last)
+
+
+@kernel
+def gemv_rows_float32(args, thread, threads):
+    """float32 W (N, K), x (K,) -> y (N,)."""
+    rows(FLOAT32, args, thread, threads)
+
+
+@kernel
+def gemv_rows_float16(args, thread, threads):
+    """float16 W (N, K), x (K,) -> y (N,)."""
+    rows(FLOAT16, args, thread, threads)
+
+
+@kernel
+def gemv_rows_bfloat16(args, thread, threads):
+    """bfloat16 W (N, K), x (K,) -> y (N,)."""
+    rows(BFLOAT16, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q8_0(args, thread, threads):
+    """q8_0 W (N, K), x (K,) -> y (N,)."""
+    rows(Q8_0, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q4_0(args, thread, threads):
+    """q4_0 W (N, K), x (K,) -> y (N,)."""
+    rows(Q4_0, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q4_1(args, thread, threads):
+    """q4_1 W (N, K), x (K,) -> y (N,)."""
+    rows(Q4_1, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q4_k(args, thread, threads):
+    """q4_k W (N, K), x (K,) -> y (N,)."""
+    rows(Q4_K, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q5_k(args, thread, threads):
+    """q5_k W (N, K), x (K,) -> y (N,)."""
+    rows(Q5_K, args, thread, threads)
+
+
+@kernel
+def gemv_rows_q6_k(args, thread, threads):
+    """q6_k W (N, K), x (K,) -> y (N,)."""
+    rows(Q6_K, args, thread, threads)
+
+
+@kernel
+def gemv_columns_float32(args, thread, threads):
+    """float32 W (K, N), x (K,) -> y (N,)."""
+    columns(FLOAT32, args, thread, threads)
+
+
+@kernel
+def gemv_columns_float16(args, thread, threads):
+    """float16 W (K, N), x (K,) -> y (N,)."""
+    columns(FLOAT16, args, thread, threads)
+
+
+@kernel
+def gemv_columns_bfloat16(args, thread, threads):
+    """bfloat16 W (K, N), x (K,) -> y (N,)."""
+    columns(BFLOAT16, args, thread, threads)
+
+
+@kernel
+def gemv_columns_uint8(args, thread, threads):
+    """uint8 W (K, N), x (K,) -> y (N,)."""
+    columns(UINT8, args, thread, threads)

@@ -1,0 +1,90 @@
+"""The operators that are matrix products: MatMul and Gemm.
+
+Dims: M rows, K common, N columns; leading dims broadcast as NumPy's.
+"""
+
+import numpy as np
+
+from ..registry import kernels, op
+from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
+from .threads import team
+
+USES = ("gemv_{order}_{encoding}", "gemm_{order}_{encoding}", "gemm_pack")
+
+
+class Matrix:
+    """A float32 array (K, N) seen as a weight in column order."""
+
+    encoding, transposed, scale, zero_point = "float32", False, 1.0, 0
+
+    def __init__(self, array):
+        self.array = np.ascontiguousarray(array, np.float32)
+        self.shape, self.address = array.shape, self.array.ctypes.data
+        self.row_bytes = 4 * array.shape[1]
+
+
+def product(x, weight):
+    """x (M, K) float32 contiguous, weight logically (K, N) -> (M, N) float32."""
+    (m, k), n = x.shape, weight.shape[1]
+    out = np.empty((m, n), np.float32)
+    if 0 in (m, n, k):
+        out[:] = 0
+        return out
+    order = "rows" if weight.transposed else "columns"
+    if m == 1:
+        kernel = kernels()[f"gemv_{order}_{weight.encoding}"]
+        team().run([(kernel, weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data, n, k)])
+    else:
+        kernel = kernels()[f"gemm_{order}_{weight.encoding}"]
+        rows = -(-m // TILE_ROWS) * TILE_ROWS
+        packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
+        scratch, each = team().scratch(scratch_bytes(m))
+        team().run([
+            (gemm_pack, x.ctypes.data, 4 * k, packed.ctypes.data, m, k),
+            (kernel, weight.address, weight.row_bytes, packed.ctypes.data, out.ctypes.data,
+             4 * n, m, n, k, scratch, each),
+        ])  # fmt: skip
+    if weight.encoding == "uint8":
+        out *= np.float32(weight.scale)
+        out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)
+    return out
+
+
+def _is_float(dtype):
+    return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
+
+
+@op("MatMul", since=1, native=("b",), uses=USES)
+def matmul(a, b):
+    """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
+    if not isinstance(b, np.ndarray):
+        x = np.ascontiguousarray(a, np.float32).reshape(-1, a.shape[-1])
+        return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
+    if not _is_float(a.dtype):
+        return np.matmul(a, b)
+    if b.ndim == 2 and a.ndim >= 2:
+        x = np.ascontiguousarray(a, np.float32).reshape(-1, a.shape[-1])
+        return product(x, Matrix(b)).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
+    left = a.reshape(1, -1) if a.ndim == 1 else a
+    right = b.reshape(-1, 1) if b.ndim == 1 else b
+    lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    left = np.broadcast_to(left, (*lead, *left.shape[-2:])).astype(np.float32, copy=False)
+    right = np.broadcast_to(right, (*lead, *right.shape[-2:]))
+    out = np.empty((*lead, left.shape[-2], right.shape[-1]), np.float32)
+    for i in np.ndindex(lead):
+        out[i] = product(np.ascontiguousarray(left[i]), Matrix(right[i]))
+    out = out[..., 0, :] if a.ndim == 1 else out
+    return (out[..., 0] if b.ndim == 1 else out).astype(a.dtype, copy=False)
+
+
+@op("Gemm", since=1, native=("b",), uses=USES)
+def gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0, broadcast=0):  # noqa: N803
+    """a (M, K), b (K, N), c broadcast to (M, N) -> alpha a b + beta c, each transposed on demand."""
+    a = a.T if transA else a
+    b = b.T if transB else b
+    y = matmul(a, b)
+    if alpha != 1.0:
+        y = (y * np.asarray(alpha, y.dtype)).astype(a.dtype, copy=False)
+    if c is not None and beta != 0.0:
+        y = y + (c if beta == 1.0 else np.asarray(beta, c.dtype) * c)
+    return y

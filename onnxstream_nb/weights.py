@@ -1,0 +1,364 @@
+"""Where weights come from. A provider gives the bytes of a reference; nothing else knows how.
+
+Three methods: `get(ref)` returns a `Weight` whose bytes are in memory until `release(ref)`;
+`prefetch(refs)` says which ones come next, in order. Kernels and executor never learn which
+provider serves them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from .errors import ModelError
+from .graph import ENCODINGS, WeightRef
+
+
+class Weight:
+    """A weight in memory, encoded as stored.
+
+    `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
+    `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array.
+    """
+
+    __slots__ = ("address", "buffer", "ref", "row_bytes")
+
+    def __init__(self, ref: WeightRef, buffer: np.ndarray[Any, Any]) -> None:
+        self.ref = ref
+        self.buffer = buffer
+        self.address = int(buffer.ctypes.data)
+        rows = 1
+        for n in ref.stored_shape[:-1]:
+            rows *= n
+        self.row_bytes = ref.nbytes // rows if rows else 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.ref.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return numpy_dtype(self.ref.dtype)
+
+    @property
+    def encoding(self) -> str:
+        """The storage's name; "float32", "float16" or "bfloat16" for plain elements."""
+        return self.ref.dtype if self.ref.encoding == "raw" else self.ref.encoding
+
+    @property
+    def transposed(self) -> bool:
+        return self.ref.transposed
+
+    @property
+    def scale(self) -> float:
+        return self.ref.scale
+
+    @property
+    def zero_point(self) -> int:
+        return self.ref.zero_point
+
+    @property
+    def T(self) -> Weight:  # noqa: N802 - numpy's name
+        """The transposed matrix over the same bytes."""
+        from dataclasses import replace
+
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return Weight(replace(self.ref, shape=shape, transposed=not self.transposed), self.buffer)
+
+    def stored(self) -> np.ndarray[Any, Any]:
+        """The stored elements of a plain encoding as an array of `ref.stored_shape`."""
+        return self.buffer.view(numpy_dtype(self.encoding)).reshape(self.ref.stored_shape)
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy type of an element type's name; ml_dtypes gives those that NumPy lacks."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        known = getattr(ml_dtypes, name.replace("float8", "float8_"))
+        return cast("np.dtype[Any]", np.dtype(known))
+
+
+class WeightsProvider(Protocol):
+    """What the executor asks of a source of weights."""
+
+    def get(self, ref: WeightRef) -> Weight: ...
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None: ...
+
+    def release(self, ref: WeightRef) -> None: ...
+
+
+class _Files:
+    """Open files by path: positioned reads, with errors that name the file."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._open:
+                try:
+                    self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                except OSError as error:
+                    raise ModelError(f"{path}: cannot open the weight file: {error}") from error
+            return self._open[path]
+
+    def read(self, ref: WeightRef) -> np.ndarray[Any, Any]:
+        """The bytes of a reference, read into a new buffer."""
+        assert isinstance(ref.source, Path)
+        buffer = np.empty(ref.nbytes, np.uint8)
+        view, done, descriptor = memoryview(cast(Any, buffer)), 0, self.descriptor(ref.source)
+        while done < ref.nbytes:
+            try:
+                count = os.preadv(descriptor, [view[done : done + (1 << 26)]], ref.offset + done)
+            except OSError as error:
+                raise ModelError(f"{ref.source}: reading {ref.name} failed: {error}") from error
+            if count == 0:
+                raise _truncated(ref)
+            done += count
+        return buffer
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+
+def _truncated(ref: WeightRef) -> ModelError:
+    return ModelError(
+        f"{ref.source!s}: the file ends before {ref.name} (bytes {ref.offset} to "
+        f"{ref.offset + ref.nbytes}); it is truncated, fetch it again"
+    )
+
+
+def _in_memory(ref: WeightRef) -> np.ndarray[Any, Any]:
+    assert isinstance(ref.source, bytes)
+    return np.frombuffer(ref.source, np.uint8, ref.nbytes, ref.offset)
+
+
+class DiskProvider:
+    """Reads a weight when it is asked for, and drops it when it is released."""
+
+    def __init__(self) -> None:
+        self._files = _Files()
+        self.bytes_read = 0
+
+    def get(self, ref: WeightRef) -> Weight:
+        if isinstance(ref.source, bytes):
+            return Weight(ref, _in_memory(ref))
+        self.bytes_read += ref.nbytes
+        return Weight(ref, self._files.read(ref))
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """Nothing: every read waits for its turn."""
+
+    def release(self, ref: WeightRef) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class PrefetchProvider:
+    """Reads ahead in execution order on its own thread, within a number of bytes."""
+
+    def __init__(self, ahead: int = 64_000_000) -> None:
+        self._disk = DiskProvider()
+        self._ahead = ahead
+        self._queue: list[WeightRef] = []
+        self._ready: OrderedDict[tuple[object, ...], np.ndarray[Any, Any] | BaseException] = (
+            OrderedDict()
+        )
+        self._held = 0
+        self._change = threading.Condition()
+        self._closed = False
+        self._reading: tuple[object, ...] | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        return self._disk.bytes_read
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """The order in which weights will be asked for; replaces what was announced before."""
+        with self._change:
+            self._queue = [r for r in refs if isinstance(r.source, Path)]
+            keep = {r.key for r in self._queue}
+            for key in [k for k in self._ready if k not in keep]:
+                self._drop(key)
+            if self._thread is None and self._queue:
+                self._thread = threading.Thread(target=self._work, daemon=True)
+                self._thread.start()
+            self._change.notify_all()
+
+    def _drop(self, key: tuple[object, ...]) -> None:
+        dropped = self._ready.pop(key)
+        self._held -= 0 if isinstance(dropped, BaseException) else dropped.nbytes
+
+    def _next(self) -> WeightRef | None:
+        """The next reference to read, when there is room for it."""
+        while self._queue and self._queue[0].key in self._ready:
+            self._queue.pop(0)
+        if self._queue and (self._held == 0 or self._held + self._queue[0].nbytes <= self._ahead):
+            return self._queue.pop(0)
+        return None
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                ref = self._next()
+                while ref is None and not self._closed:
+                    self._change.wait()
+                    ref = self._next()
+                if ref is None or self._closed:
+                    return
+                self._reading = ref.key
+            result: np.ndarray[Any, Any] | BaseException
+            try:
+                result = self._disk.get(ref).buffer
+            except BaseException as error:  # handed to the thread that asks for the weight
+                result = error
+            with self._change:
+                self._ready[ref.key] = result
+                self._held += 0 if isinstance(result, BaseException) else result.nbytes
+                self._reading = None
+                self._change.notify_all()
+
+    def get(self, ref: WeightRef) -> Weight:
+        with self._change:
+            while self._reading == ref.key:
+                self._change.wait()
+            if ref.key in self._ready:
+                found = self._ready[ref.key]
+                self._drop(ref.key)
+                self._change.notify_all()
+                if isinstance(found, BaseException):
+                    raise found
+                return Weight(ref, found)
+            self._queue = [r for r in self._queue if r.key != ref.key]
+        return self._disk.get(ref)
+
+    def release(self, ref: WeightRef) -> None:
+        """The bytes were handed over by `get`; nothing is kept."""
+
+    def close(self) -> None:
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._disk.close()
+
+
+class MmapProvider:
+    """Maps the files; the page cache decides what stays in memory."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, np.ndarray[Any, Any]] = {}
+
+    def get(self, ref: WeightRef) -> Weight:
+        if isinstance(ref.source, bytes):
+            return Weight(ref, _in_memory(ref))
+        whole = self._maps.get(ref.source)
+        if whole is None:
+            whole = self._maps[ref.source] = self._map(ref.source)
+        # Reading a mapped page behind the end of a file kills the process: look before.
+        if ref.offset + ref.nbytes > whole.nbytes:
+            raise _truncated(ref)
+        return Weight(ref, whole[ref.offset : ref.offset + ref.nbytes])
+
+    def _map(self, path: Path) -> np.ndarray[Any, Any]:
+        try:
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: cannot map the weight file: {error}") from error
+        return np.frombuffer(mapped, np.uint8)
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """Nothing: the kernel reads ahead by itself."""
+
+    def release(self, ref: WeightRef) -> None:
+        """Nothing: pages are the kernel's to drop."""
+
+    def close(self) -> None:
+        self._maps.clear()
+
+
+class RamProvider:
+    """Reads each weight once and keeps it; tied weights are kept once."""
+
+    def __init__(self) -> None:
+        self._disk = DiskProvider()
+        self._kept: dict[tuple[object, ...], np.ndarray[Any, Any]] = {}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._disk.bytes_read
+
+    def get(self, ref: WeightRef) -> Weight:
+        buffer = self._kept.get(ref.key)
+        if buffer is None:
+            buffer = self._kept[ref.key] = self._disk.get(ref).buffer
+        return Weight(ref, buffer)
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """Nothing: after the first run all is here."""
+
+    def release(self, ref: WeightRef) -> None:
+        """Nothing: all is kept."""
+
+    def close(self) -> None:
+        self._kept.clear()
+        self._disk.close()
+
+
+class BudgetProvider:
+    """Keeps the pinned weights in RAM and streams the others: the way to a byte budget."""
+
+    def __init__(self, pinned: Iterable[WeightRef], ahead: int) -> None:
+        self._pinned = {ref.key for ref in pinned}
+        self._ram = RamProvider()
+        self._stream = PrefetchProvider(ahead)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._ram.bytes_read + self._stream.bytes_read
+
+    def _of(self, ref: WeightRef) -> RamProvider | PrefetchProvider:
+        return self._ram if ref.key in self._pinned else self._stream
+
+    def get(self, ref: WeightRef) -> Weight:
+        return self._of(ref).get(ref)
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        self._stream.prefetch([r for r in refs if r.key not in self._pinned])
+
+    def release(self, ref: WeightRef) -> None:
+        self._of(ref).release(ref)
+
+    def close(self) -> None:
+        self._ram.close()
+        self._stream.close()
+
+
+def encoded_bytes(ref: WeightRef) -> int:
+    """How many bytes the reference's shape takes in its encoding."""
+    elements = 1
+    for n in ref.shape:
+        elements *= n
+    if ref.encoding == "raw":
+        return elements * numpy_dtype(ref.dtype).itemsize
+    encoding = ENCODINGS[ref.encoding]
+    return elements // encoding.block * encoding.nbytes
