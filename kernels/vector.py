@@ -196,6 +196,12 @@ def poke_f32(b, p, x):
     store(b, x, p)
 
 
+@primitive(types.void, address, f32, twin=lambda p, x: write_memory(p, _to_half(x)))
+def poke_f16(b, p, x):
+    half = float_to_half(b, broadcast(b, x))
+    store(b, b.extract_element(half, ir.Constant(I32, 0)), p)
+
+
 @primitive(types.void, address, i64, twin=lambda p, x: write_memory(p, np.int64(x)))
 def poke_i64(b, p, x):
     store(b, x, p)
@@ -277,14 +283,24 @@ def max_lanes(b, x):
     return call(b, "llvm.vector.reduce.fmax.v16f32", FLOAT, [x])
 
 
+@primitive(
+    f32x16, address, f32x16, f32x16, i64,
+    twin=lambda p, x, y, n: np.where(read_padded(p, np.uint8, n) != 0, x, y),
+)  # fmt: skip
+def choose_n(b, p, x, y, n):
+    """Lanes of x where the first n bytes at p are not 0, of y elsewhere."""
+    wanted = b.icmp_unsigned("!=", masked_load(b, p, n, I8, "i8"), constant(0, VI8))
+    return b.select(wanted, x, y)
+
+
 def _twin_exp(x):
-    with np.errstate(over="ignore", under="ignore"):
-        return np.exp(np.clip(x, np.float32(-104), np.float32(88.72283)))
+    with np.errstate(under="ignore"):
+        return np.where(x < -87.33654, np.float32(0), np.exp(np.minimum(x, np.float32(88.02969))))
 
 
 @primitive(f32x16, f32x16, twin=_twin_exp)
 def exp(b, x):
-    """e ** x to 2 ulp; the argument is clamped to where the result is a finite normal number.
+    """e ** x to 2 ulp; 0 where the result is below the normal numbers, at most e ** 88.02969.
 
     Cephes' expf: x = n ln 2 + r, a polynomial of degree 5 in r, times 2 ** n.
     """
@@ -293,7 +309,8 @@ def exp(b, x):
         return call(b, "llvm.fmuladd.v16f32", VF32, [u, v, w])
 
     # Comparisons are written so that a NaN passes through them.
-    x = b.select(b.fcmp_ordered("<", x, constant(-87.33654)), constant(-87.33654), x)
+    tiny = b.fcmp_ordered("<", x, constant(-87.33654))
+    x = b.select(tiny, constant(-87.33654), x)
     x = b.select(b.fcmp_ordered(">", x, constant(88.02969)), constant(88.02969), x)
     n = call(b, "llvm.rint.v16f32", VF32, [b.fmul(x, constant(1.44269504088896341))])
     r = madd(n, constant(-0.693359375), x)
@@ -303,7 +320,7 @@ def exp(b, x):
         p = madd(p, r, constant(c))
     p = b.fadd(madd(b.fmul(p, r), r, r), constant(1.0))
     exponent = b.shl(b.add(b.fptosi(n, VI32), constant(127, VI32)), constant(23, VI32))
-    return b.fmul(p, b.bitcast(exponent, VF32))
+    return b.select(tiny, constant(0.0), b.fmul(p, b.bitcast(exponent, VF32)))
 
 
 # -- moving lanes ------------------------------------------------------------------------------

@@ -1,0 +1,212 @@
+"""The operator Attention, with or without a cache of keys and values.
+
+Dims: B batch, H query heads, KV key/value heads, T queries, S keys (past and new), D size of
+queries and keys, E size of values. Results are float32 inside, of Q's type outside.
+"""
+
+import math
+
+import numpy as np
+
+from ..errors import ShapeError
+from ..registry import op
+from .flash import CAUSAL, HALF, attention, cache_append, scratch_bytes
+from .jit import float_bits
+from .threads import team
+
+NONE = np.float32(-np.inf)
+
+
+def _heads(x, heads):
+    """(B, T, H D) or (B, H, T, D) -> a view (B, H, T, D), float32, D contiguous."""
+    if x.ndim == 3:
+        if not heads or x.shape[2] % heads:
+            raise ShapeError(
+                f"Attention: {x.shape[2]} columns do not split into {heads} heads; "
+                "q_num_heads and kv_num_heads are needed for 3-D inputs"
+            )
+        x = x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(0, 2, 1, 3)
+    x = x if x.dtype == np.float32 else x.astype(np.float32)
+    return x if x.strides[3] == 4 else np.ascontiguousarray(x)
+
+
+def _padded_keys(k):
+    """(B, KV, S, D) -> (B, KV, D, S padded to 32)."""
+    b, heads, s, d = k.shape
+    keys = np.zeros((b, heads, d, -(-s // 32) * 32), np.float32)
+    keys[..., :s] = k.transpose(0, 1, 3, 2)
+    return keys
+
+
+def _padded_values(v):
+    """(B, KV, S, E) -> (B, KV, S, E padded to 32), itself when nothing is to be done."""
+    b, heads, s, e = v.shape
+    if e % 32 == 0:
+        return v
+    values = np.zeros((b, heads, s, -(-e // 32) * 32), np.float32)
+    values[..., :e] = v
+    return values
+
+
+def _additive(mask, keys):
+    """A boolean or additive mask as additive float32, short rows closed up to `keys`."""
+    if mask.dtype == np.bool_:
+        mask = np.where(mask, np.float32(0), NONE)
+    missing = keys - mask.shape[-1]
+    if missing > 0 and mask.shape[-1] != 1:
+        mask = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)], constant_values=NONE)
+    return mask.astype(np.float32, copy=False)
+
+
+def _limits(batch, queries, keys, before, is_causal, lengths, left, right):
+    """What lengths, windows and a causal limit over them allow: additive (B or 1, 1, T, S)."""
+    at = np.arange(keys)
+    before = np.asarray(before).reshape(-1, 1, 1, 1)
+    position = np.arange(queries).reshape(1, 1, -1, 1) + before
+    allowed = np.ones((len(before), 1, queries, keys), np.bool_)
+    if lengths is not None:
+        allowed = allowed & (at < np.asarray(lengths).reshape(batch, 1, 1, 1))
+    if is_causal:
+        allowed &= at <= position
+    if left >= 0:
+        allowed &= position - at <= left
+    if right >= 0:
+        allowed &= at - position <= right
+    return np.where(allowed, np.float32(0), NONE)
+
+
+def _mask_view(mask, shape):
+    """(address, strides of batch, head and row) of a mask broadcast to (B, H, T, S)."""
+    if mask is None:
+        return None, (0, 0, 0, 0)
+    # Keys must be contiguous; the other axes may repeat.
+    if mask.shape[-1] != shape[-1] or mask.strides[-1] != 4:
+        mask = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
+    wide = np.broadcast_to(mask, shape)
+    return mask, (wide.ctypes.data, *wide.strides[:3])
+
+
+def _run(q, keys, k_strides, values, v_strides, count, value_size, mask, scale, softcap, options):
+    """Call the kernel -> (B, T, H, E) float32. keys and values are addresses."""
+    b, h, t, d = q.shape
+    kv_heads = k_strides[3]
+    out = np.empty((b, t, h, value_size), np.float32)
+    if 0 in out.shape:
+        return out
+    mask, view = _mask_view(mask, (b, h, t, count))
+    scales = np.array([scale, softcap])
+    scratch, each = team().scratch(scratch_bytes(d, value_size))
+    y = out.strides
+    team().run([(
+        attention, q.ctypes.data, *q.strides[:3], keys, *k_strides[:3], values, *v_strides,
+        out.ctypes.data, y[0], y[2], y[1], *view, b, kv_heads, h // kv_heads, t, count, d,
+        value_size, options, scales.ctypes.data, scratch, each,
+    )])  # fmt: skip
+    return out
+
+
+def _append(k, v, past_key, past_value):
+    """Write k (1, KV, T, D) and v (1, KV, T, E) behind what the cache holds."""
+    at, (_, heads, tokens, size) = past_key.length, k.shape
+    past_key.reserve(at + tokens)
+    past_value.reserve(at + tokens)
+    team().run([(
+        cache_append, k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3],
+        past_key.address, past_value.address, heads, tokens, size, v.shape[3],
+        past_value.padded, past_key.capacity, at,
+    )])  # fmt: skip
+    past_key.length = past_value.length = at + tokens
+
+
+def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
+    """Attention over a cache that grows in place."""
+    before = past_key.length
+    _append(k, v, past_key, past_value)
+    count = past_key.length
+    options = HALF | (CAUSAL | before << 2 if is_causal else 0)
+    mask = None if mask is None else _additive(mask, count)
+    capacity, padded = past_key.capacity, past_value.padded
+    d, heads = q.shape[3], k.shape[1]
+    k_strides = (0, 2 * d * capacity, 2 * capacity, heads)
+    v_strides = (0, 2 * padded * capacity, 2 * padded)
+    return _run(q, past_key.address, k_strides, past_value.address, v_strides, count, v.shape[3],
+                mask, scale, softcap, options)  # fmt: skip
+
+
+def _scores(q, k, mask, scale, softcap, mode):
+    """The optional fourth output, by NumPy: scores (B, H, T, S) before or after each step."""
+    k = np.repeat(k, q.shape[1] // k.shape[1], axis=1)
+    raw = (q * np.float32(math.sqrt(scale))) @ (k * np.float32(math.sqrt(scale))).swapaxes(2, 3)
+    capped = raw if softcap <= 0 else np.tanh(raw / softcap) * np.float32(softcap)
+    biased = capped if mask is None else capped + mask
+    if mode < 3:
+        return (raw, biased, capped)[mode] if mode else raw
+    top = biased.max(axis=-1, keepdims=True)
+    weights = np.exp(biased - np.where(np.isneginf(top), 0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / np.where(total == 0, 1, total)
+
+
+@op("Attention", since=23, native=("past_key", "past_value"), uses=("attention", "cache_append"))
+def attention_23(
+    q, k, v, attn_mask=None, past_key=None, past_value=None, *, is_causal=0, kv_num_heads=0,
+    q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
+    n_outputs=1,
+):  # fmt: skip
+    """q, k, v as (B, heads, T, size) or (B, T, heads size) -> Y laid out as q, the cache, scores.
+
+    past_key and past_value are arrays (B, KV, P, size) or slots of a cache, which grow in place.
+    """
+    return _attention(
+        q, k, v, attn_mask, past_key, past_value, None, is_causal, kv_num_heads, q_num_heads,
+        qk_matmul_output_mode, scale, softcap, -1, -1, n_outputs,
+    )  # fmt: skip
+
+
+@op("Attention", since=24, native=("past_key", "past_value"), uses=("attention", "cache_append"))
+def attention_24(
+    q, k, v, attn_mask=None, past_key=None, past_value=None, nonpad_kv_seqlen=None, *,
+    is_causal=0, kv_num_heads=0, q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0,
+    softmax_precision=0, left_window_size=-1, right_window_size=-1, n_outputs=1,
+):  # fmt: skip
+    """As version 23, with the number of valid keys (B,); the windows are version 25's."""
+    return _attention(
+        q, k, v, attn_mask, past_key, past_value, nonpad_kv_seqlen, is_causal, kv_num_heads,
+        q_num_heads, qk_matmul_output_mode, scale, softcap, left_window_size, right_window_size,
+        n_outputs,
+    )  # fmt: skip
+
+
+def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads, q_heads, mode,
+               scale, softcap, left, right, n_outputs):  # fmt: skip
+    dtype, flat = q.dtype, q.ndim == 3
+    q, k, v = _heads(q, q_heads), _heads(k, kv_heads), _heads(v, kv_heads)
+    scale = 1 / math.sqrt(q.shape[3]) if not scale else scale
+    slots = past_key is not None and not isinstance(past_key, np.ndarray)
+    if slots and lengths is None and left < 0 and right < 0 and n_outputs <= 3:
+        y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal)
+        present_key, present_value, scores = past_key, past_value, None
+    else:
+        before = 0 if past_key is None else past_key.shape[2]
+        if past_key is not None:
+            k = np.concatenate([np.asarray(past_key, np.float32), k], axis=2)
+            v = np.concatenate([np.asarray(past_value, np.float32), v], axis=2)
+        count = k.shape[2]
+        mask = None if mask is None else _additive(mask, count)
+        if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
+            before = before if lengths is None else np.asarray(lengths) - q.shape[2]
+            limits = _limits(
+                len(q), q.shape[2], count, before, is_causal, lengths, left, right
+            )
+            mask, is_causal = limits if mask is None else mask + limits, 0
+        options = CAUSAL | before << 2 if is_causal else 0
+        keys, values = _padded_keys(k), _padded_values(v)
+        strides = (*keys.strides[:3], keys.shape[1])
+        y = _run(q, keys.ctypes.data, strides, values.ctypes.data, values.strides[:3], count,
+                 v.shape[3], mask, scale, softcap, options)  # fmt: skip
+        present_key, present_value = k.astype(dtype, copy=False), v.astype(dtype, copy=False)
+        scores = _scores(q, k, mask, scale, softcap, mode) if n_outputs > 3 else None
+    y = y.reshape(*y.shape[:2], -1) if flat else np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+    outputs = (y.astype(dtype, copy=False), present_key, present_value,
+               None if scores is None else scores.astype(dtype, copy=False))  # fmt: skip
+    return outputs[0] if n_outputs == 1 else outputs[:n_outputs]

@@ -1,0 +1,42 @@
+"""The yardstick of decoding: how fast this machine reads memory.
+
+Dims: a buffer of n bytes; the threads read contiguous shares of it.
+"""
+
+import time
+
+import numpy as np
+
+from ..registry import op
+from .jit import arg, kernel, share
+from .threads import team_of
+from .vector import add, load_f32, poke_f32, sum_lanes, zero
+
+CHUNK = 512
+
+
+@kernel
+def read_memory_fast(args, thread, threads):
+    """n bytes -> a sum (threads,) that nobody needs. args: buffer, n (multiple of 512), sums."""
+    start, stop = share(arg(args, 1), CHUNK, thread, threads)
+    a, b, c, d = zero(), zero(), zero(), zero()
+    for i in range(arg(args, 0) + start, arg(args, 0) + stop, CHUNK):
+        a, b = add(a, load_f32(i)), add(b, load_f32(i + 64))
+        c, d = add(c, load_f32(i + 128)), add(d, load_f32(i + 192))
+        a, b = add(a, load_f32(i + 256)), add(b, load_f32(i + 320))
+        c, d = add(c, load_f32(i + 384)), add(d, load_f32(i + 448))
+    poke_f32(arg(args, 2) + 64 * thread, sum_lanes(add(add(a, b), add(c, d))))
+
+
+@op("ReadBandwidth", domain="onnxstream_nb", uses=("read_memory_fast",))
+def read_bandwidth(nbytes, threads, repetitions=5):
+    """Bytes a second when `threads` read a buffer of `nbytes` once: the median of several runs."""
+    nbytes = max(CHUNK, nbytes // CHUNK * CHUNK)
+    buffer = np.ones(nbytes // 4 + 16, np.float32)
+    sums = np.zeros(16 * threads, np.float32)
+    crew, times = team_of(threads), []
+    for _ in range(repetitions + 1):
+        begun = time.perf_counter()
+        crew.run([(read_memory_fast, buffer.ctypes.data, nbytes, sums.ctypes.data)])
+        times.append(time.perf_counter() - begun)
+    return nbytes / sorted(times[1:])[repetitions // 2]

@@ -1,0 +1,135 @@
+"""Compiling kernels in child processes, before they are needed.
+
+No shapes here. The parent stays small (the compiler takes some 100 MB) and can be interrupted
+(a KeyboardInterrupt inside the compiler can be swallowed); the children share the disk cache.
+"""
+
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from ..errors import OnnxstreamError
+from ..registry import kernels, op
+from .jit import JIT, cache_root, prune
+from .threads import set_threads
+
+_CHILD = """
+import sys
+sys.path[:0] = {paths!r}
+from onnxstream_nb.kernels.compile import serve
+serve()
+"""
+
+
+@op("Threads", domain="onnxstream_nb")
+def threads(count):
+    """How many threads the kernels called from this Python thread use from now on."""
+    set_threads(count)
+
+
+@op("PrepareKernels", domain="onnxstream_nb")
+def prepare(names, workers, progress=None):
+    """Load the kernels of these names, compiling those that the disk cache lacks.
+
+    `progress(text, fraction)` is told about every kernel that is compiled.
+    """
+    wanted = [kernels()[name] for name in dict.fromkeys(names)]
+    if not JIT:
+        return
+    missing = [k.name for k in wanted if not k.load()]
+    if not missing:
+        return
+    if cache_root() is None:
+        for done, name in enumerate(missing):
+            _tell(progress, name, done, len(missing))
+            kernels()[name].compile()
+        return
+    _compile_in_children(missing, workers, progress)
+    prune()
+    for name in missing:
+        if not kernels()[name].load():
+            raise OnnxstreamError(f"kernel {name} was compiled but is not in {cache_root()}")
+
+
+def _tell(progress, name, done, total):
+    if progress is not None:
+        progress(f"compiling {name} ({done + 1}/{total})", done / total)
+
+
+class _Children:
+    """Child processes that take names from a queue until it is empty."""
+
+    def __init__(self, names, workers):
+        self.queue = queue.Queue()
+        for name in names:
+            self.queue.put(name)
+        self.events = queue.Queue()  # (event, text): "begin" a name, "done" a name, "end", "error"
+        self.processes = []
+        self.threads = [threading.Thread(target=self._feed, daemon=True) for _ in range(workers)]
+
+    def _feed(self):
+        root = str(Path(__file__).resolve().parent.parent)
+        above = str(Path(root).parent)
+        code = _CHILD.format(paths=[p for p in (root, above) if (Path(p) / "onnxstream_nb").is_dir()])
+        child = subprocess.Popen(
+            [sys.executable, "-c", code], text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the parent, which ends the children
+        )  # fmt: skip
+        self.processes.append(child)
+        with child:
+            while not self.queue.empty():
+                try:
+                    name = self.queue.get_nowait()
+                except queue.Empty:
+                    break
+                self.events.put(("begin", name))
+                try:
+                    child.stdin.write(name + "\n")
+                    child.stdin.flush()
+                    answer = child.stdout.readline()
+                except BrokenPipeError:
+                    answer = ""
+                if answer.strip() != name:
+                    self.events.put(("error", f"{name}: {answer}{child.stderr.read()[-2000:]}"))
+                    return
+                self.events.put(("done", name))
+            child.stdin.close()
+        self.events.put(("end", ""))
+
+    def stop(self):
+        while not self.queue.empty():
+            self.queue.get()
+        for process in self.processes:
+            process.kill()
+
+
+def _compile_in_children(names, workers, progress):
+    children = _Children(names, max(1, min(workers, len(names))))
+    try:
+        for thread in children.threads:
+            thread.start()
+        finished, ended = 0, 0
+        while ended < len(children.threads):
+            try:
+                event, text = children.events.get(timeout=0.05)  # so that Ctrl-C comes through
+            except queue.Empty:
+                continue
+            if event == "error":
+                raise OnnxstreamError(f"compiling a kernel failed: {text}")
+            ended += event == "end"
+            finished += event == "done"
+            if event == "begin":
+                _tell(progress, text, finished, len(names))
+    finally:
+        children.stop()
+
+
+def serve():
+    """The child's side: compile the kernels named on standard input, one a line."""
+    for line in sys.stdin:
+        name = line.strip()
+        kernels()[name].address  # noqa: B018 - compiles and saves
+        print(name, flush=True)
