@@ -1,0 +1,162 @@
+"""The cache of keys and values: past and present of a language model, growing in place.
+
+Dims: KV key/value heads, D their size, positions along the sequence. Batch size is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .graph import Graph, Value
+from .passes.kvcache import CachePair
+
+GROWTH = 256  # positions; also the least capacity
+
+
+def _capacity(length: int) -> int:
+    """A capacity for `length` positions: a quarter in hand, in whole blocks."""
+    return -(-(length + length // 4) // GROWTH) * GROWTH
+
+
+class KVSlot:
+    """One layer's keys or values as Attention's kernels want them, in float16.
+
+    Keys are stored transposed, (KV, D, capacity); values as (KV, capacity, D padded to 32).
+    `reserve` makes room; `length` is how many positions are filled, and may be set back.
+    """
+
+    def __init__(self, kind: str, heads: int, size: int) -> None:
+        self.kind, self.heads, self.size = kind, heads, size
+        self.padded = -(-size // 32) * 32
+        self.length = self.capacity = 0
+        self.array: np.ndarray[Any, Any] = np.zeros(0, np.float16)
+
+    @property
+    def address(self) -> int:
+        return int(self.array.ctypes.data)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of past and present: (1, KV, length, D)."""
+        return (1, self.heads, self.length, self.size)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions; what is there stays."""
+        if length <= self.capacity:
+            return
+        old, kept, self.capacity = self.array, self.length, _capacity(length)
+        if self.kind == "key":
+            self.array = np.zeros((self.heads, self.size, self.capacity), np.float16)
+            if kept:
+                self.array[:, :, :kept] = old[:, :, :kept]
+        else:
+            self.array = np.zeros((self.heads, self.capacity, self.padded), np.float16)
+            if kept:
+                self.array[:, :kept] = old[:, :kept]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        filled = self.array.reshape(self.heads, self.size, -1).transpose(0, 2, 1)
+        if self.kind == "value":
+            filled = self.array.reshape(self.heads, -1, self.padded)[:, :, : self.size]
+        return filled[None, :, : self.length].astype(dtype or np.float32)
+
+
+class ArraySlot:
+    """A past input of a graph that was not rewritten: a growing array along one axis."""
+
+    def __init__(self, shape: Sequence[int], axis: int, dtype: np.dtype[Any]) -> None:
+        self.axis, self.length, self.capacity = axis, 0, 0
+        self._shape, self._dtype = list(shape), dtype
+        self.array: np.ndarray[Any, Any] = np.zeros(0, dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.length if i == self.axis else n for i, n in enumerate(self._shape))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.array.nbytes)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions; what is there stays."""
+        if length <= self.capacity:
+            return
+        filled, self.capacity = np.asarray(self), _capacity(length)
+        shape = [self.capacity if i == self.axis else n for i, n in enumerate(self._shape)]
+        self.array = np.zeros(shape, self._dtype)
+        self._view(self.length)[...] = filled
+
+    def append(self, new: np.ndarray[Any, Any]) -> ArraySlot:
+        """Write `new` behind what is there."""
+        at = self.length
+        self.reserve(at + new.shape[self.axis])
+        self.length = at + new.shape[self.axis]
+        where = [slice(None)] * len(self._shape)
+        where[self.axis] = slice(at, self.length)
+        self.array[tuple(where)] = new
+        return self
+
+    def _view(self, length: int) -> np.ndarray[Any, Any]:
+        where = [slice(None)] * len(self._shape)
+        where[self.axis] = slice(0, length)
+        return self.array[tuple(where)] if self.capacity else np.zeros(self.shape, self._dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return self._view(self.length).astype(dtype or self._dtype, copy=bool(copy))
+
+
+class KVCache:
+    """All slots of a model. `length` positions are filled; setting it back forgets the rest."""
+
+    def __init__(self, graph: Graph, pairs: Sequence[CachePair]) -> None:
+        inputs = {v.name: v for v in graph.inputs}
+        readers = graph.consumers()
+        self.slots: dict[str, KVSlot | ArraySlot] = {}
+        for pair in pairs:
+            fused = all(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
+            value = inputs[pair.past_input]
+            self.slots[pair.past_input] = _kv_slot(value, pair) if fused else _array_slot(value)
+
+    @property
+    def length(self) -> int:
+        return min((s.length for s in self.slots.values()), default=0)
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for slot in self.slots.values():
+            slot.length = min(slot.length, length)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots.values())
+
+
+def bytes_per_position(graph: Graph, pairs: Sequence[CachePair]) -> int:
+    """What one more position of context takes, in bytes, in float16."""
+    inputs = {v.name: v for v in graph.inputs}
+    total = 0
+    for pair in pairs:
+        shape = inputs[pair.past_input].shape or ()
+        known = [n for n in shape if isinstance(n, int) and n > 0]
+        total += 2 * int(np.prod(known))
+    return total
+
+
+def _kv_slot(value: Value, pair: CachePair) -> KVSlot:
+    _, heads, _, size = value.shape or (1, 0, None, 0)
+    assert isinstance(heads, int) and isinstance(size, int)
+    return KVSlot(pair.kind, heads, size)
+
+
+def _array_slot(value: Value) -> ArraySlot:
+    shape = value.shape or ()
+    axis = next((i for i, n in enumerate(shape) if i and not isinstance(n, int)), 2)
+    sizes = [n if isinstance(n, int) else 1 for n in shape]
+    return ArraySlot(sizes, axis, np.dtype(value.dtype))

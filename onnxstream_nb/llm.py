@@ -1,0 +1,176 @@
+"""A language model over a session: ids in, logits out, a cache that grows. It knows no text.
+
+Dims: T tokens of one sequence, V vocabulary, positions 0 .. context - 1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import passes
+from .errors import ShapeError, UnsupportedError, UsageError
+from .graph import Graph, Value
+from .kvcache import KVCache, bytes_per_position
+from .session import Progress, Session, decode_constant, load_graph
+
+CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
+DEFAULT_CONTEXT = 4096  # for models that do not say
+RESERVED_POSITIONS = 4096  # of the cache, counted when memory is planned; it grows as needed
+
+
+class LanguageModel:
+    """Feeds ids to a causal language model and keeps what it has read.
+
+    `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
+    order; `context` how many fit. One caller at a time.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Graph,
+        *,
+        load: str = "auto",
+        ram: int | str | None = None,
+        threads: int | None = None,
+        context: int | None = None,
+        device: str = "cpu",
+        progress: Progress | None = None,
+    ) -> None:
+        if progress is not None:
+            progress("reading the model", None)
+        graph = passes.optimize(load_graph(model), decode_constant)
+        self.graph = passes.rewrite_last_logits(graph)
+        pairs = passes.find_cache(self.graph)
+        if not pairs:
+            raise UnsupportedError(
+                f"{graph.name or model}: the graph has no past/present inputs and outputs, so it "
+                "cannot generate text; export it with its cache (use_cache, with past)"
+            )
+        self.context = _context(graph, context)
+        positions = min(self.context, RESERVED_POSITIONS)
+        self.session = Session(
+            self.graph, load=load, ram=_bytes(ram), threads=threads, device=device, optimize=False,
+            reserve=positions * bytes_per_position(self.graph, pairs), progress=progress,
+        )  # fmt: skip
+        self._cache = KVCache(self.graph, pairs)
+        self._inputs = [v for v in graph.inputs if v.name not in self._cache.slots]
+        presents = {p.present_output for p in pairs}
+        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        _check_inputs(self._inputs)
+        self.tokens: list[int] = []
+
+    @property
+    def vocab_size(self) -> int:
+        """V, as the graph declares it; 0 when it does not."""
+        size = (self._logits.shape or (0,))[-1]
+        return size if isinstance(size, int) else int(self.graph.metadata.get("vocab_size", 0))
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that generating one token reads: all but tables it picks rows from."""
+        read = {
+            ref.key: ref.nbytes
+            for step in self.session.plan.steps
+            if step.node.op_type != "Gather"
+            for ref in step.weights
+        }
+        return sum(read.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the cache of keys and values takes now."""
+        return self._cache.nbytes
+
+    def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Any:
+        """Read `ids` and return the logits (V,) float32 that follow the last of them.
+
+        Raises UsageError when they do not fit the context, Interrupted when `stop` is set
+        meanwhile; `tokens` then says how far it came.
+        """
+        if not ids:
+            raise UsageError("feed needs at least one id")
+        if len(self.tokens) + len(ids) > self.context:
+            raise UsageError(
+                f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
+                "raise --context or shorten the prompt"
+            )
+        logits: Any = None
+        for start in range(0, len(ids), CHUNK):
+            logits = self._pass(list(ids[start : start + CHUNK]), stop)
+        return logits
+
+    def _pass(self, ids: list[int], stop: threading.Event | None) -> Any:
+        past = len(self.tokens)
+        feeds: dict[str, Any] = dict(self._cache.slots)
+        for value in self._inputs:
+            feeds[value.name] = _feed(value, ids, past)
+        try:
+            result = self.session.run(feeds, [self._logits.name], stop=stop)
+        except BaseException:
+            self._cache.length = past  # layers that had appended forget it again
+            raise
+        self.tokens += ids
+        return np.asarray(result[self._logits.name], np.float32).reshape(-1, self._width(result))[-1]
+
+    def _width(self, result: dict[str, Any]) -> int:
+        return int(result[self._logits.name].shape[-1])
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= len(self.tokens):
+            raise UsageError(f"cannot rewind {len(self.tokens)} tokens to {length}")
+        del self.tokens[length:]
+        self._cache.length = length
+
+    def close(self) -> None:
+        """Let go of the weights and the cache."""
+        self.session.close()
+        self._cache.slots.clear()
+
+
+def _bytes(ram: int | str | None) -> int | None:
+    if not isinstance(ram, str):
+        return ram
+    from .device import parse_size
+
+    return parse_size(ram, "--ram")
+
+
+def _context(graph: Graph, wanted: int | None) -> int:
+    """The context in tokens: what was asked for, within what the model was made for."""
+    own = graph.metadata.get("context_length")
+    if wanted is None:
+        return int(own or DEFAULT_CONTEXT)
+    if wanted < 1:
+        raise UsageError(f"--context {wanted}: it must be at least 1")
+    if own and wanted > int(own):
+        raise UsageError(f"--context {wanted}: the model was made for at most {own} tokens")
+    return wanted
+
+
+_KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+def _check_inputs(inputs: Sequence[Value]) -> None:
+    for value in inputs:
+        if value.name not in _KNOWN_INPUTS:
+            raise UnsupportedError(
+                f"the graph has an input {value.name!r} that generating text does not know; "
+                f"it feeds {', '.join(_KNOWN_INPUTS)} and the cache"
+            )
+
+
+def _feed(value: Value, ids: list[int], past: int) -> Any:
+    dtype = np.dtype(value.dtype)
+    if value.name == "input_ids":
+        return np.array([ids], dtype)
+    if value.name == "position_ids":
+        return np.arange(past, past + len(ids), dtype=dtype)[None]
+    if value.name == "attention_mask":
+        return np.ones((1, past + len(ids)), dtype)
+    raise ShapeError(f"no feed for input {value.name}")

@@ -1,0 +1,171 @@
+"""The plan of a graph: operators bound, constants read, the end of every value known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import UnsupportedError
+from .graph import Graph, Node, WeightRef
+from .registry import Operator, lookup
+
+CONSTANT_BYTES = 65536  # a smaller initializer is read once and kept as an array
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node, ready to run.
+
+    `inputs` are (name, whether the operator takes it in the engine's form); `weights` are the
+    references it needs from the provider, `dead` the values nobody reads after it.
+    """
+
+    node: Node
+    operator: Operator
+    attributes: Mapping[str, Any]
+    inputs: tuple[tuple[str, bool], ...]
+    outputs: tuple[str, ...]
+    weights: tuple[WeightRef, ...]
+    dead: tuple[str, ...]
+
+    def call(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """Run the operator; its results in the order of the node's outputs."""
+        try:
+            result = self.operator.function(*arguments, **self.attributes)
+        except Exception as error:
+            error.add_note(f"in node {self.node.name or self.outputs[0]} ({self.node.op_type})")
+            raise
+        return result if isinstance(result, (tuple, list)) else (result,)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Steps in order, the constants by name, the weights in order of use, the kernels' names."""
+
+    graph: Graph
+    steps: tuple[Step, ...]
+    constants: Mapping[str, Array]
+    weights: tuple[WeightRef, ...]
+    kernels: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all distinct weights that the steps read."""
+        return sum({ref.key: ref.nbytes for ref in self.weights}.values())
+
+
+def make_plan(graph: Graph, read: Callable[[WeightRef], Array]) -> Plan:
+    """Plan a graph. Raises UnsupportedError naming every operator that is missing."""
+    operators = [_operator(graph, node) for node in graph.nodes]
+    missing = sorted({n.op_type for n, o in zip(graph.nodes, operators, strict=True) if o is None})
+    if missing:
+        raise UnsupportedError(
+            f"the model uses operators that are not supported: {', '.join(missing)}"
+        )
+    constants = _constants(graph, operators, read)
+    last = _last_uses(graph)
+    steps = tuple(
+        _step(graph, node, operator, constants, last[i])
+        for i, (node, operator) in enumerate(zip(graph.nodes, operators, strict=True))
+        if operator is not None
+    )
+    weights = tuple(ref for step in steps for ref in step.weights)
+    kernels = dict.fromkeys(k for step in steps for k in _kernels(step, graph))
+    return Plan(graph, steps, constants, weights, tuple(kernels))
+
+
+def _operator(graph: Graph, node: Node) -> Operator | None:
+    return lookup(node.op_type, node.domain, graph.opset.get(node.domain, 1))
+
+
+def _constants(
+    graph: Graph, operators: Sequence[Operator | None], read: Callable[[WeightRef], Array]
+) -> dict[str, Array]:
+    """Small initializers, unless an operator takes them in the engine's form."""
+    native = {
+        name
+        for node, operator in zip(graph.nodes, operators, strict=True)
+        for i, name in enumerate(node.inputs)
+        if operator is not None and i in operator.native
+    }
+    return {
+        name: read(ref)
+        for name, ref in graph.initializers.items()
+        if ref.nbytes <= CONSTANT_BYTES and name not in native
+    }
+
+
+def _last_uses(graph: Graph) -> list[tuple[str, ...]]:
+    """For each node, the values that no later node reads."""
+    last: dict[str, int] = {}
+    for i, node in enumerate(graph.nodes):
+        for name in (*node.outputs, *node.inputs):
+            last[name] = i
+    keep = {v.name for v in graph.outputs} | set(graph.initializers) | {""}
+    dead: list[list[str]] = [[] for _ in graph.nodes]
+    for name, i in last.items():
+        if name not in keep:
+            dead[i].append(name)
+    return [tuple(names) for names in dead]
+
+
+def _step(
+    graph: Graph,
+    node: Node,
+    operator: Operator,
+    constants: Mapping[str, Array],
+    dead: tuple[str, ...],
+) -> Step:
+    unknown = set(node.attributes) - operator.attributes
+    if unknown:
+        raise UnsupportedError(
+            f"node {node.name or node.outputs[0]}: {node.op_type} has no attribute "
+            f"{', '.join(sorted(unknown))} (version {operator.since} is supported)"
+        )
+    attributes = dict(node.attributes)
+    if operator.wants_outputs:
+        attributes["n_outputs"] = len(node.outputs)
+    refs = graph.initializers
+    return Step(
+        node, operator, attributes,
+        inputs=tuple((name, i in operator.native) for i, name in enumerate(node.inputs)),
+        outputs=node.outputs,
+        weights=tuple(refs[n] for n in node.inputs if n in refs and n not in constants),
+        dead=dead,
+    )  # fmt: skip
+
+
+def _kernels(step: Step, graph: Graph) -> list[str]:
+    """The kernels a step may call: what its operator uses, for its weights' encodings."""
+    names = []
+    for template in step.operator.uses:
+        if "{" not in template:
+            names.append(template)
+        for ref in step.weights if "{" in template else ():
+            encoding = ref.dtype if ref.encoding == "raw" else ref.encoding
+            order = "rows" if ref.transposed else "columns"
+            names.append(template.format(encoding=encoding, order=order))
+    decoded = [graph.initializers[n] for n, native in step.inputs if not native
+               and n in graph.initializers]  # fmt: skip
+    names += [f"decode_{ref.encoding}" for ref in decoded if ref.encoding not in ("raw", ref.dtype)]
+    return names
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text: a line a step, with the encodings of its weights and what it frees."""
+    width = max((len(s.node.op_type) for s in plan.steps), default=8)
+    lines = []
+    for i, step in enumerate(plan.steps):
+        refs = plan.graph.initializers
+        inputs = ", ".join(
+            f"{n}:{refs[n].encoding}{list(refs[n].shape)}" if n in refs else n or "-"
+            for n, _ in step.inputs
+        )
+        outputs = ", ".join(step.outputs)
+        lines.append(f"{i:5d}  {step.node.op_type:<{width}}  {inputs} -> {outputs}")
+    return "\n".join(lines)

@@ -1,0 +1,221 @@
+"""The executor: a graph is planned once and run many times.
+
+Planning binds operators, constants and the last use of every value; running walks the plan and
+frees what is dead. Which provider serves the weights, and what the operators are, it never asks.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import device, formats, passes, trace
+from .errors import Interrupted, ShapeError, UsageError
+from .graph import Graph, Value, WeightRef
+from .loading import choose_provider
+from .plan import Plan, describe, make_plan
+from .registry import lookup
+from .weights import Weight, WeightsProvider, numpy_dtype
+
+if TYPE_CHECKING:
+    import onnx
+
+Progress = Callable[[str, float | None], None]
+Array = np.ndarray[Any, Any]
+
+
+def internal(name: str) -> Callable[..., Any]:
+    """A service that the kernels package offers the engine."""
+    operator = lookup(name, "onnxstream_nb", 1)
+    assert operator is not None, name
+    return operator.function
+
+
+def decode_constant(ref: WeightRef) -> Array:
+    """The logical tensor of a reference, read from its source: for constants, not for weights."""
+    from .weights import DiskProvider
+
+    provider = DiskProvider()
+    try:
+        result: Array = np.array(internal("Decode")(provider.get(ref)))
+    finally:
+        provider.close()
+    return result
+
+
+def load_graph(model: str | Path | bytes | onnx.ModelProto | Graph) -> Graph:
+    """A graph from a path, the bytes of a serialized model, an onnx.ModelProto or a Graph."""
+    if isinstance(model, Graph):
+        return model
+    if isinstance(model, (str, Path)):
+        return formats.load(model)
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    return formats.load_bytes(data)
+
+
+class Session:
+    """A model ready to run.
+
+    `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
+    `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
+    work fit in free memory, else a budget with a margin); `ram` is a budget in bytes. `threads`
+    defaults to the physical cores. `optimize=False` runs the graph as it stands.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | bytes | onnx.ModelProto | Graph,
+        *,
+        load: str = "auto",
+        ram: int | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        optimize: bool = True,
+        reserve: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        graph = load_graph(model)
+        self.graph = passes.optimize(graph, decode_constant) if optimize else graph
+        self.threads = _thread_count(threads)
+        if device != "cpu":
+            raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
+        self.plan: Plan = make_plan(self.graph, decode_constant)
+        internal("PrepareKernels")(self.plan.kernels, _cores(), progress)
+        self.provider: WeightsProvider = choose_provider(self.plan, load, ram, reserve)
+        self._lock = threading.Lock()
+        self._decode = internal("Decode")
+        self._set_threads = internal("Threads")
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """What `run` is fed: name, element type and shape of each."""
+        return self.graph.inputs
+
+    @property
+    def outputs(self) -> tuple[Value, ...]:
+        """What `run` can return: name, element type and shape of each."""
+        return self.graph.outputs
+
+    def run(
+        self,
+        feeds: Mapping[str, Any],
+        outputs: Sequence[str] | None = None,
+        *,
+        stop: threading.Event | None = None,
+    ) -> dict[str, Any]:
+        """Run the graph on arrays by input name; the named outputs (all of them by default).
+
+        A feed may be a slot of a cache: then the operator that appends to it does so in place.
+        Raises ShapeError on a wrong feed, Interrupted when `stop` is set meanwhile.
+        """
+        wanted = [v.name for v in self.outputs] if outputs is None else list(outputs)
+        unknown = set(wanted) - {v.name for v in self.outputs}
+        if unknown:
+            raise UsageError(f"no such output: {', '.join(sorted(unknown))}")
+        with self._lock:
+            self._set_threads(self.threads)
+            values = dict(self.plan.constants)
+            values.update(_checked_feeds(self.inputs, feeds))
+            self.provider.prefetch(self.plan.weights)
+            self._walk(values, set(wanted), stop)
+            return {name: self._output(values, name) for name in wanted}
+
+    def _walk(
+        self, values: dict[str, Any], keep: set[str], stop: threading.Event | None
+    ) -> None:
+        recording = trace.current()
+        for step in self.plan.steps:
+            if stop is not None and stop.is_set():
+                raise Interrupted("the run was stopped")
+            begun = time.perf_counter() if recording else 0.0
+            arguments = [self._argument(values, name, native) for name, native in step.inputs]
+            results = step.call(arguments)
+            for name, result in zip(step.outputs, results, strict=False):
+                if name:
+                    values[name] = result
+            for ref in step.weights:
+                self.provider.release(ref)
+            for name in step.dead:
+                if name not in keep:
+                    values.pop(name, None)
+            if recording:
+                nbytes = sum(ref.nbytes for ref in step.weights)
+                recording.record(step.node.op_type, time.perf_counter() - begun, nbytes)
+
+    def _argument(self, values: dict[str, Any], name: str, native: bool) -> Any:
+        """An input as its operator wants it: in the engine's own form, or as an array."""
+        if not name:
+            return None
+        value = values[name] if name in values else self.provider.get(self.graph.initializers[name])
+        if native or isinstance(value, np.ndarray):
+            return value
+        return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
+
+    def _output(self, values: dict[str, Any], name: str) -> Any:
+        if name in values:
+            return values[name]
+        return np.array(self._argument(values, name, native=False))
+
+    def describe(self) -> str:
+        """The plan as text: one line a step."""
+        return describe(self.plan)
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+        close = getattr(self.provider, "close", None)
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cores() -> int:
+    return device.physical_cores()
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        return device.physical_cores()
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, not {threads}")
+    return threads
+
+
+def _checked_feeds(inputs: Iterable[Value], feeds: Mapping[str, Any]) -> dict[str, Any]:
+    """The feeds as arrays of the declared types; slots pass as they are."""
+    declared = {v.name: v for v in inputs}
+    unknown = [name for name in feeds if name not in declared]
+    missing = [name for name in declared if name not in feeds]
+    if unknown or missing:
+        names = ", ".join(declared)
+        problem = f"unknown {unknown}" if unknown else f"missing {missing}"
+        raise ShapeError(f"feeds: {problem}; the model's inputs are {names}")
+    return {name: _checked(declared[name], feed) for name, feed in feeds.items()}
+
+
+def _checked(value: Value, feed: Any) -> Any:
+    if not hasattr(feed, "reserve"):
+        feed = np.asarray(feed)
+        if value.dtype not in ("", "string") and feed.dtype != numpy_dtype(value.dtype):
+            raise ShapeError(f"input {value.name}: got {feed.dtype}, the model takes {value.dtype}")
+    shape = value.shape
+    if shape is not None:
+        fits = len(shape) == len(feed.shape) and all(
+            not isinstance(want, int) or want == got
+            for want, got in zip(shape, feed.shape, strict=True)
+        )
+        if not fits:
+            wanted = tuple("?" if n is None else n for n in shape)
+            raise ShapeError(
+                f"input {value.name}: got shape {tuple(feed.shape)}, the model takes {wanted}"
+            )
+    return feed
