@@ -33,8 +33,8 @@ def read_bandwidth(nbytes, threads, repetitions=5):
     """Bytes a second when `threads` read a buffer of `nbytes` once: the median of several runs."""
     nbytes = max(CHUNK, nbytes // CHUNK * CHUNK)
     buffer = np.ones(nbytes // 4 + 16, np.float32)
-    sums = np.zeros(16 * threads, np.float32)
     crew, times = team_of(threads), []
+    sums = np.zeros(16 * crew.shares, np.float32)
     for _ in range(repetitions + 1):
         begun = time.perf_counter()
         crew.run([(read_memory_fast, buffer.ctypes.data, nbytes, sums.ctypes.data)])

@@ -1,12 +1,16 @@
-"""The thread team: it walks a table of kernels, all threads together, a barrier after each row.
+"""The thread team: it walks a table of kernels, all members together, one row after the other.
 
 Shapes: a table is (rows, COLUMNS) int64: column 0 a kernel's address, the rest its arguments. The
-team's state is one int64 a cache line: generation, table, rows, threads, barrier count, barrier
-epoch, stop, then one "parked" flag a thread.
+team's state is one int64 a cache line: claims, row, done, shares, stop, then one "parked" flag a
+member.
 
-The calling thread is member 0. The others spin for a moment between tables and then park in
-Python on an event, so that an idle engine costs nothing. A member that waits yields its core to
-whoever needs it after some spinning.
+Every row is cut into shares, two a member; a kernel's (thread, threads) are a share and their
+number. A member takes its own shares first, so that on a quiet machine the cut is static, and then
+those that nobody has taken: a member that the system has put aside holds up nobody. `claims` holds
+the row's serial number above a bit for each share that is taken.
+
+The calling thread is member 0 and leads from row to row. The others spin for a moment between
+tables and then park in Python on an event, so that an idle engine costs nothing.
 """
 
 import sys
@@ -19,15 +23,18 @@ from numba import types
 
 from .jit import JIT, arg, float_bits, jit, kernel
 from .simd import I32, I64, ON_X86, VOID, address, call, primitive
-from .vector import atomic_add, atomic_load, atomic_store, peek_i64
+from .vector import (
+    atomic_add, atomic_compare_exchange, atomic_load, atomic_store, peek_i64,
+)  # fmt: skip
 
 COLUMNS = 32
 LINE = 64
-GENERATION, TABLE, ROWS, THREADS, COUNT, EPOCH, STOP = (i * LINE for i in range(7))
+CLAIMS, ROW, DONE, SHARES, STOP = (i * LINE for i in range(5))
 PARKED = 8 * LINE
+SERIAL = 32  # claims holds the shares in its lower bits, the serial number above
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_PARKING = 40000
-MAX_THREADS = 64
+MAX_THREADS = 32
 
 if JIT and sys.platform != "win32":
     yield_core = types.ExternalFunction("sched_yield", types.int32())
@@ -52,93 +59,98 @@ def call_kernel(b, function, args, thread, threads):
 
 
 @jit
-def wait_at_barrier(state, threads):
-    """Return when all `threads` members have come here."""
-    epoch = atomic_load(state + EPOCH)
-    if atomic_add(state + COUNT, 1) == threads - 1:
-        atomic_store(state + COUNT, 0)
-        atomic_store(state + EPOCH, epoch + 1)
-        return
-    spins = 0
-    while atomic_load(state + EPOCH) == epoch:
-        pause()
-        spins += 1
-        if spins > SPINS_BEFORE_YIELD:
-            yield_core()
+def claim(state, serial, first, shares):
+    """Take a share of row `serial`, from `first` on around; -1 when none is left."""
+    while True:
+        claims = atomic_load(state + CLAIMS)
+        if claims >> SERIAL != serial:
+            return -1
+        found = -1
+        for i in range(shares):
+            share = (first + i) % shares
+            if claims >> share & 1 == 0:
+                found = share
+                break
+        if found < 0:
+            return -1
+        if atomic_compare_exchange(state + CLAIMS, claims, claims | 1 << found) == claims:
+            return found
 
 
 @jit
-def walk(state, thread):
-    """Run this member's part of every row of the published table."""
-    table = peek_i64(state + TABLE)
-    rows = peek_i64(state + ROWS)
-    threads = peek_i64(state + THREADS)
-    for i in range(rows):
-        row = table + 8 * COLUMNS * i
-        call_kernel(peek_i64(row), row + 8, thread, threads)
-        if threads > 1:
-            wait_at_barrier(state, threads)
+def work(state, serial, first, shares):
+    """Run shares of row `serial` until none is left."""
+    share = claim(state, serial, first, shares)
+    while share >= 0:
+        row = atomic_load(state + ROW)
+        call_kernel(peek_i64(row), row + 8, share, shares)
+        atomic_add(state + DONE, 1)
+        share = claim(state, serial, first, shares)
 
 
 @kernel
 def team_lead(args, thread, threads):
-    """Publish a table and walk it as member 0. args: state, table, rows, threads, publish, parked.
-
-    Shapes: none; table is (rows, COLUMNS) int64. With publish set, `parked` (an address) receives
-    how many members sleep in Python; when any does, return at once so that they can be woken, and
-    expect to be called again with publish unset.
-    """
-    state = arg(args, 0)
-    if arg(args, 4):
-        atomic_store(state + TABLE, arg(args, 1))
-        atomic_store(state + ROWS, arg(args, 2))
-        atomic_store(state + THREADS, arg(args, 3))
-        atomic_add(state + GENERATION, 1)
-        asleep = 0
-        for member in range(1, arg(args, 3)):
-            asleep += atomic_load(state + PARKED + LINE * member)
-        atomic_store(args + 8 * 5, asleep)
-        if asleep:
-            return
-    walk(state, 0)
+    """Walk a table as member 0. args: state, table, rows. Shapes: table (rows, COLUMNS)."""
+    state, table = arg(args, 0), arg(args, 1)
+    shares = atomic_load(state + SHARES)
+    for i in range(arg(args, 2)):
+        row = table + 8 * COLUMNS * i
+        if shares == 1:
+            call_kernel(peek_i64(row), row + 8, 0, 1)
+            continue
+        serial = (atomic_load(state + CLAIMS) >> SERIAL) + 1 & 0x3FFFFFFF
+        atomic_store(state + ROW, row)
+        atomic_store(state + DONE, 0)
+        atomic_store(state + CLAIMS, serial << SERIAL)
+        work(state, serial, 0, shares)
+        spins = 0
+        while atomic_load(state + DONE) < shares:
+            pause()
+            spins += 1
+            if spins > SPINS_BEFORE_YIELD:
+                yield_core()
 
 
 @kernel
 def team_member(args, thread, threads):
-    """Walk tables as member `thread` until told to stop, or until nothing came for a while.
+    """Help with rows as member `thread` until told to stop, or until nothing came for a while.
 
-    args: state, the generation last seen (updated). Shapes: none.
+    args: state. Shapes: none.
     """
     state = arg(args, 0)
     parked = state + PARKED + LINE * thread
-    spins = 0
+    atomic_store(parked, 0)
+    serial, spins, shares = -1, 0, atomic_load(state + SHARES)
     while atomic_load(state + STOP) == 0:
-        generation = atomic_load(state + GENERATION)
-        if generation != arg(args, 1):
-            atomic_store(parked, 0)
-            atomic_store(args + 8, generation)
-            if thread < atomic_load(state + THREADS):
-                walk(state, thread)
-            spins = 0
+        now = atomic_load(state + CLAIMS) >> SERIAL
+        if now != serial:
+            serial, spins = now, 0
+            work(state, serial, thread * shares // threads, shares)
             continue
         if spins > SPINS_BEFORE_PARKING:
             atomic_store(parked, 1)
-            # The leader publishes before it looks at the flag, so one of the two sees the other.
-            if atomic_load(state + GENERATION) == generation:
+            if atomic_load(state + CLAIMS) >> SERIAL == serial:
                 return
+            atomic_store(parked, 0)
+        if spins > SPINS_BEFORE_YIELD:
+            yield_core()
         pause()
         spins += 1
 
 
 class Team:
-    """`size` threads that run tables of kernels. `run` is for one caller at a time."""
+    """`size` threads that run tables of kernels in `shares` parts; callers take turns."""
 
     def __init__(self, size):
         self.size = max(1, min(int(size), MAX_THREADS))
         memory = np.zeros((PARKED + LINE * (MAX_THREADS + 1)) // 8 + 8, np.int64)
         self._memory = memory
-        self._state = (memory.ctypes.data + LINE - 1) // LINE * LINE
-        self._args = np.zeros(8, np.int64)
+        skip = -memory.ctypes.data % LINE // 8
+        self._state = memory.ctypes.data + 8 * skip
+        self.shares = 1 if self.size == 1 else min(2 * self.size, SERIAL)
+        memory[skip + SHARES // 8] = self.shares
+        self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
+        self._args = np.array([self._state, 0, 0], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)
         self._scratch = np.empty(0, np.uint8)
         self._lock = threading.Lock()
@@ -146,10 +158,10 @@ class Team:
         self._started = False
 
     def scratch(self, each):
-        """Working memory of at least `each` bytes a thread: its address, and the bytes between."""
+        """Working memory of at least `each` bytes a share: its address, and the bytes between."""
         each = (each + 4095) // 4096 * 4096
-        if each * self.size + LINE > self._scratch.nbytes:
-            self._scratch = np.empty(each * self.size + LINE, np.uint8)
+        if each * self.shares + LINE > self._scratch.nbytes:
+            self._scratch = np.empty(each * self.shares + LINE, np.uint8)
         return (self._scratch.ctypes.data + LINE - 1) // LINE * LINE, each
 
     def _start(self):
@@ -160,7 +172,7 @@ class Team:
                 threading.Thread(target=self._work, args=(member,), daemon=True).start()
 
     def _work(self, member):
-        args = np.array([self._state, 0], np.int64)
+        args = np.array([self._state], np.int64)
         where, call, wake = args.ctypes.data, team_member.call, self._wake[member]
         while True:
             call(where, member, self.size)
@@ -182,22 +194,17 @@ class Team:
     def _run_table(self, table, rows):
         if not self._started:
             self._start()
-        args = self._args
-        args[:5] = self._state, table, rows, self.size, 1
-        where = args.ctypes.data
-        args[5] = 0
-        team_lead.call(where, 0, self.size)
-        if args[5]:
+        if self._parked.any():  # they join when they have woken up; nobody waits for them
             for event in self._wake[1:]:
                 event.set()
-            args[4] = 0
-            team_lead.call(where, 0, self.size)
+        self._args[1:3] = table, rows
+        team_lead.call(self._args.ctypes.data, 0, self.size)
 
     def _run_uncompiled(self, rows):
         for line, (function, *values) in zip(self._table, rows, strict=False):
             line[: len(values)] = values
-            for thread in range(self.size):
-                function(line.ctypes.data, thread, self.size)
+            for share in range(self.shares):
+                function(line.ctypes.data, share, self.shares)
 
 
 @cache

@@ -381,3 +381,17 @@ def atomic_load(b, p):
 @primitive(types.void, address, i64, twin=lambda p, x: write_memory(p, np.int64(x)))
 def atomic_store(b, p, x):
     b.store_atomic(x, pointer(b, p, I64), "seq_cst", 8)
+
+
+def _twin_compare_exchange(p, expected, x):
+    old = read_memory(p, np.int64, 1)[0].item()
+    if old == expected:
+        write_memory(p, np.int64(x))
+    return old
+
+
+@primitive(i64, address, i64, i64, twin=_twin_compare_exchange)
+def atomic_compare_exchange(b, p, expected, x):
+    """Store x at p if the int64 there is `expected`, for all threads; the value before."""
+    result = b.cmpxchg(pointer(b, p, I64), expected, x, "seq_cst", "seq_cst")
+    return b.extract_value(result, 0)
