@@ -149,6 +149,7 @@ class Team:
         self._state = memory.ctypes.data + 8 * skip
         self.shares = 1 if self.size == 1 else min(2 * self.size, SERIAL)
         memory[skip + SHARES // 8] = self.shares
+        memory[skip + CLAIMS // 8] = (1 << SERIAL) - 1  # nothing to take before the first row
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
         self._args = np.array([self._state, 0, 0], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)

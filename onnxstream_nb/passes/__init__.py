@@ -1,0 +1,67 @@
+"""Rewrites of a graph, each valid ONNX to valid ONNX of the same meaning.
+
+The fused operators are the standard's own: RMSNormalization, RotaryEmbedding, Attention,
+LayerNormalization, Gelu, Swish. A pass that puts one in raises the graph to the operator's opset,
+and leaves the graph as it was where another node cannot follow.
+
+Sizes that are unknown before the run are taken to be equal where an export lets them meet in a
+broadcast (torch.export assumes the same): a size of 1 that is to be stretched has to be written 1.
+"""
+
+from __future__ import annotations
+
+from onnxstream_nb.graph import Graph
+from onnxstream_nb.passes import (
+    attention,
+    common,
+    constants,
+    dead,
+    gelu,
+    grouped,
+    heads,
+    identity,
+    layer_norm,
+    past,
+    reshapes,
+    rms_norm,
+    rotary,
+    swish,
+)
+from onnxstream_nb.passes.facts import Read
+from onnxstream_nb.passes.kvcache import CachePair, find_cache
+from onnxstream_nb.passes.last_logits import rewrite_last_logits
+
+__all__ = ["CachePair", "clean", "find_cache", "optimize", "rewrite_last_logits"]
+
+_CLEANING = (constants, identity, common, reshapes, dead)
+_ROUNDS = 4
+
+_FUSIONS = (
+    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
+    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
+)  # fmt: skip
+
+
+def clean(graph: Graph, read: Read) -> Graph:
+    """Fold constants, drop what does nothing or is computed twice, until nothing changes."""
+    for _ in range(_ROUNDS):
+        before = graph
+        for step in _CLEANING:
+            graph = step.rewrite(graph, read)
+        if graph is before:
+            break
+    return graph
+
+
+def optimize(graph: Graph, read: Read) -> Graph:
+    """The graph in the fused vocabulary, its leftovers cleaned away.
+
+    `read` gives the elements of an initializer; it is called for small ones, and for tables of
+    cos and sin.
+    """
+    graph = clean(graph, read)
+    for fuse in _FUSIONS:
+        fused = fuse(graph, read)
+        if fused is not graph:
+            graph = clean(fused, read)
+    return graph
