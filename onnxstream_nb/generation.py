@@ -1,0 +1,242 @@
+"""One reply of a language model: a lazy iterator of tokens, its limits, and what it cost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+from .errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import numpy as np
+
+    from .llm import LanguageModel
+    from .sampling import SamplingParams
+    from .tokenizer import Tokenizer
+
+
+class Host(Protocol):
+    """What a reply needs of its model."""
+
+    tokenizer: Tokenizer
+    llm: LanguageModel
+    context: int
+    load_s: float
+
+    def claim(self, generation: Generation) -> AbstractContextManager[None]:
+        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `text` may be empty while a character or a stop string is undecided;
+    `logprob` is the natural logarithm of its probability in the model's own distribution."""
+
+    text: str
+    id: int
+    logprob: float
+
+
+@dataclass(slots=True)
+class Stats:
+    """What one reply cost: tokens, seconds, and the process's peak resident memory in 10^6 bytes.
+
+    `prompt_tokens` counts the whole prompt, `cached_tokens` those of it that were still in the
+    cache. `completion_tokens` counts the token that ended the reply. `ttft_s` runs from the call
+    to the first token. `decode_s` is the time inside the model after the first token.
+    `stop_reason` is eos, stop, length, context or interrupted, and empty while generating.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    load_s: float = 0.0
+    peak_rss_mb: float = 0.0
+    stop_reason: str = ""
+
+    @property
+    def prefill_tps(self) -> float:
+        """Prompt tokens read per second, cached ones not counted; 0.0 when nothing was read."""
+        read = self.prompt_tokens - self.cached_tokens
+        return read / self.prefill_s if self.prefill_s > 0 else 0.0
+
+    @property
+    def decode_tps(self) -> float:
+        """Tokens per second after the first one; 0.0 when there was only one."""
+        later = self.completion_tokens - 1
+        return later / self.decode_s if later > 0 and self.decode_s > 0 else 0.0
+
+
+class Generation(Iterator[Token]):
+    """One reply: iterate it for its tokens. `stats` fills as it goes, `stop()` ends it.
+
+    Text that was held back (half a character, the beginning of a stop string) comes with the last
+    token; a stopped reply drops it.
+    """
+
+    def __init__(
+        self,
+        model: Host,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int | None,
+        shorten: Callable[[], list[int] | None],
+        encode_s: float = 0.0,
+    ) -> None:
+        from .sampling import Sampler
+        from .tokenizer import StopStrings
+
+        self.stats = Stats(load_s=model.load_s)
+        self.prompt_ids = list(prompt)
+        self.ids: list[int] = []
+        self.owner: threading.Thread | None = None
+        self._model = model
+        self._max_tokens = max_tokens
+        self._shorten = shorten
+        self._encode_s = encode_s
+        self._stop = threading.Event()
+        self._sampler = Sampler(params)
+        self._stream = model.tokenizer.stream()
+        self._stops = StopStrings(params.stop)
+        self._in_step = True  # whether the cache lacks only the last token
+        self._fit_prompt()
+
+    def stop(self) -> None:
+        """Ends the reply with stop reason "interrupted"; callable from any thread, at any time."""
+        self._stop.set()
+
+    @property
+    def stopped(self) -> bool:
+        """True when no further token will come."""
+        return bool(self.stats.stop_reason) or self._stop.is_set()
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether a suspended reply will not be missed: ended, or left behind by its own thread."""
+        owner = self.owner
+        return (
+            self.stopped
+            or owner is None
+            or owner is threading.current_thread()
+            or not owner.is_alive()
+        )
+
+    def finish(self, reason: str) -> None:
+        """Marks the reply as ended for `reason`, unless it has ended already."""
+        if not self.stats.stop_reason:
+            self.stats.stop_reason = reason
+            self.stats.peak_rss_mb = _peak_rss_mb()
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> Token:
+        with self._model.claim(self):
+            if self.stats.stop_reason:
+                raise StopIteration
+            try:
+                return self._step()
+            except Interrupted:
+                self.finish("interrupted")
+                raise StopIteration from None
+            except BaseException:
+                self.finish("interrupted")
+                raise
+
+    def _step(self) -> Token:
+        started = perf_counter()
+        if self._stop.is_set():
+            raise Interrupted("the reply was stopped")
+        logits = self._feed()
+        fed = perf_counter()
+        first = not self.ids
+        token = self._take(logits)
+        stats = self.stats
+        stats.completion_tokens = len(self.ids)
+        if first:
+            stats.prefill_s = fed - started
+            stats.ttft_s = self._encode_s + perf_counter() - started
+        else:
+            stats.decode_s += perf_counter() - started
+        return token
+
+    def _feed(self) -> np.ndarray:
+        llm = self._model.llm
+        if self.ids and self._in_step:
+            return llm.feed(self.ids[-1:], self._stop)
+        wanted = self.prompt_ids + self.ids
+        known = min(_common_prefix(llm.tokens, wanted), len(wanted) - 1)
+        if not self.ids:
+            self.stats.prompt_tokens, self.stats.cached_tokens = len(wanted), known
+        llm.rewind(known)
+        logits = llm.feed(wanted[known:], self._stop)
+        self._in_step = True
+        return logits
+
+    def _take(self, logits: np.ndarray) -> Token:
+        """Draws the next token and decides whether it is the last one."""
+        llm, tokenizer = self._model.llm, self._model.tokenizer
+        token_id, logprob = self._sampler.next(logits, llm.tokens)
+        self.ids.append(token_id)
+        if token_id in tokenizer.eos_ids:
+            text, reason = "", "eos"
+        else:
+            text, stopped = self._stops.push(self._stream.push(token_id))
+            reason = "stop" if stopped else self._limit()
+        if reason and reason != "stop":
+            text += self._held_text()
+        if reason:
+            self.finish(reason)
+        return Token(text, token_id, logprob)
+
+    def _limit(self) -> str:
+        if len(self.ids) == self._max_tokens:
+            return "length"
+        if len(self._model.llm.tokens) < self._model.context or self._make_room():
+            return ""
+        return "context"
+
+    def _held_text(self) -> str:
+        text, stopped = self._stops.push(self._stream.flush())
+        return text if stopped else text + self._stops.flush()
+
+    def _fit_prompt(self) -> None:
+        """Shortens the conversation until a quarter of the context is left for the reply."""
+        context = self._model.context
+        reserve = min(self._max_tokens or context, context // 4)
+        if len(self.prompt_ids) > context - reserve:
+            self._make_room()
+        if len(self.prompt_ids) > context:
+            raise UsageError(
+                f"the prompt has {len(self.prompt_ids)} tokens and the context holds {context}: "
+                "shorten the prompt or raise --context"
+            )
+
+    def _make_room(self) -> bool:
+        """Drops old turns until a quarter of the context is free; False if that freed nothing."""
+        context = self._model.context
+        while len(self.prompt_ids) + len(self.ids) > context - context // 4:
+            shorter = self._shorten()
+            if shorter is None:
+                break
+            self.prompt_ids, self._in_step = shorter, False
+        return len(self.prompt_ids) + len(self.ids) <= context
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
+
+
+def _peak_rss_mb() -> float:
+    from .device import peak_rss
+
+    return peak_rss() / 1e6

@@ -1,0 +1,220 @@
+"""A loaded language model: prompts in, a stream of tokens out.
+
+`Model` joins a tokenizer and a `LanguageModel`; `Generation` is one reply, computed lazily in the
+thread that iterates it and stoppable from any other.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .generation import Generation, Stats, Token
+from .progress import Report, of_download
+
+if TYPE_CHECKING:
+    from .llm import LanguageModel
+    from .sampling import SamplingParams
+    from .tokenizer import Tokenizer
+
+__all__ = ["Generation", "Model", "Stats", "Token"]
+MakeRoom = Callable[[], Sequence[Mapping[str, str]] | None]
+"""Called when the context is full: returns a shorter conversation, or None when it cannot."""
+
+
+class Model:
+    """A language model with its tokenizer. Use `Model.load`; close it, or use it in a `with`.
+
+    Attributes: `name`, `path`, `tokenizer`, `llm`, `context` (tokens), `load_s` (seconds).
+    """
+
+    def __init__(
+        self, name: str, path: Path, tokenizer: Tokenizer, llm: LanguageModel, load_s: float = 0.0
+    ) -> None:
+        self.name, self.path, self.tokenizer, self.llm = name, path, tokenizer, llm
+        self.context = llm.context
+        self.load_s = load_s
+        self._lock = threading.Lock()
+        self._active: weakref.ref[Generation] | None = None
+        self._closed = False
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        load: str = "auto",
+        ram: int | str | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        context: int | None = None,
+        progress: Report | None = None,
+    ) -> Model:
+        """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
+
+        `context` is in tokens; `progress` is called as work proceeds and may raise to give up.
+        Errors: any `OnnxstreamError`, whose message says what to do.
+        """
+        report = progress or (lambda text, fraction: None)
+        started = perf_counter()
+        report("importing the engine", None)
+        from .hub import resolve
+        from .llm import LanguageModel
+        from .tokenizer import load_tokenizer
+
+        found = resolve(str(name_or_path), progress=of_download(report))
+        report("reading the tokenizer", None)
+        tokenizer = load_tokenizer(found.path)
+        llm = LanguageModel(
+            found.path,
+            load=load,
+            ram=ram,
+            threads=threads,
+            context=context,
+            device=device,
+            progress=report,
+        )
+        return cls(found.name, found.path, tokenizer, llm, perf_counter() - started)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        system: str | None = None,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Answers `prompt`, put into the model's chat template after `system`.
+
+        With `raw` the prompt is continued as it stands, without a template: text of special tokens
+        in it means those tokens. `sampling` holds fields of `SamplingParams`.
+        Errors: UsageError for a bad option or a prompt longer than the context.
+        """
+        if raw:
+            if system is not None:
+                raise UsageError("--system needs the chat template that --raw leaves out")
+            return self._start(lambda: self._encode_raw(prompt), max_tokens, sampling)
+        return self.chat(_conversation(prompt, system), max_tokens=max_tokens, **sampling)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        max_tokens: int | None = None,
+        make_room: MakeRoom | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Answers a conversation of {"role", "content"} messages.
+
+        When it no longer fits the context, `make_room` may return a shorter one, again and again,
+        also in the middle of the reply, which then goes on. Errors: as for `generate`.
+        """
+
+        def shorten() -> list[int] | None:
+            shorter = make_room() if make_room else None
+            return None if shorter is None else self._encode_chat(shorter)
+
+        return self._start(lambda: self._encode_chat(messages), max_tokens, sampling, shorten)
+
+    def render(self, prompt: str, *, system: str | None = None, raw: bool = False) -> str:
+        """The text that `generate` with the same arguments makes the model read."""
+        if raw:
+            return prompt
+        return self.render_chat(_conversation(prompt, system))
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text that `chat` makes the model read: the messages in the chat template."""
+        from .tokenizer import render_chat
+
+        return render_chat(self.tokenizer, messages)
+
+    def close(self) -> None:
+        """Ends a reply under way and frees the model; using it afterwards is a UsageError."""
+        active = self._active() if self._active else None
+        if active is not None:
+            active.stop()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.llm.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def claim(self, generation: Generation) -> Iterator[None]:
+        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+        busy = UsageError(
+            f"{self.name} is already generating in another thread: "
+            "wait for that reply, stop() it, or load the model a second time"
+        )
+        if not self._lock.acquire(blocking=False):
+            raise busy
+        try:
+            if self._closed:
+                raise UsageError(f"{self.name} is closed: load it again")
+            active = self._active() if self._active else None
+            if active is not None and active is not generation:
+                if not active.abandoned:
+                    raise busy
+                active.finish("interrupted")
+            generation.owner = threading.current_thread()
+            self._active = weakref.ref(generation)
+            yield
+        finally:
+            self._lock.release()
+
+    def _start(
+        self,
+        encode: Callable[[], list[int]],
+        max_tokens: int | None,
+        sampling: Mapping[str, Any],
+        shorten: Callable[[], list[int] | None] = lambda: None,
+    ) -> Generation:
+        params = _sampling_params(sampling)
+        if max_tokens is not None and max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
+        started = perf_counter()
+        ids = encode()
+        if not ids:
+            raise UsageError("the prompt is empty: give at least one character")
+        return Generation(self, ids, params, max_tokens, shorten, perf_counter() - started)
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        from .tokenizer import encode_chat
+
+        return encode_chat(self.tokenizer, messages)
+
+    def _encode_raw(self, prompt: str) -> list[int]:
+        ids = self.tokenizer.encode(prompt, special=True)
+        bos = self.tokenizer.bos_id
+        if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return ids
+
+
+def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def _sampling_params(sampling: Mapping[str, Any]) -> SamplingParams:
+    from dataclasses import fields
+
+    from .sampling import SamplingParams
+
+    known = [field.name for field in fields(SamplingParams)]
+    unknown = sorted(set(sampling) - set(known))
+    if unknown:
+        raise UsageError(f"unknown sampling option {unknown[0]}: use one of {', '.join(known)}")
+    return SamplingParams(**sampling)

@@ -1,0 +1,232 @@
+"""The chat as a program: in pipes, and at a pseudo-terminal with Ctrl-C and Ctrl-D."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onnxstream_nb import saved_chats
+
+ROOT = Path(__file__).parent.parent
+FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
+
+
+@pytest.fixture(autouse=True)
+def data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("ONNXSTREAM_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | more
+
+
+def piped(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*FAKE, *arguments], input=text, capture_output=True, text=True, encoding="utf-8",
+        env=environment(), timeout=60, check=False,
+    )  # fmt: skip
+
+
+def test_a_pipe_gets_replies_and_nothing_else() -> None:
+    done = piped('hello\n\n"""\ntwo\nlines\n"""\n/show system\nescape\nno line break')
+    assert done.returncode == 0
+    assert done.stdout == (
+        "HELLO\nTWO\nLINES\nno system prompt is set; the template may bring its own\n"
+        "red [31mtext]0;title 2J end\nNO LINE BREAK\n"
+    )
+    assert "compiling gemv_q4_1" in done.stderr
+    assert done.stderr.count("tok/s · first token") == 4
+    assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat() -> None:
+    done = subprocess.run(
+        FAKE, input=b"a\xff\n", capture_output=True, env=environment(), timeout=60, check=False
+    )
+    assert done.returncode == 0
+    assert done.stdout.decode() == "A\ufffd\n"
+
+
+def test_a_pipe_whose_messages_fail_exits_2() -> None:
+    done = piped("hello\n", "--fail")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: [Errno 2] No such file or directory: 'weights.bin'" in done.stderr
+
+
+def test_the_chat_ends_when_nobody_reads_its_output() -> None:
+    with subprocess.Popen(
+        FAKE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=environment(),
+    ) as chat:  # fmt: skip
+        assert chat.stdout and chat.stdin and chat.stderr
+        chat.stdout.close()
+        chat.stdin.write(b"one\n")
+        chat.stdin.flush()
+        assert b"BrokenPipeError" in chat.stderr.read()  # for the command line to handle
+    assert chat.returncode != 0
+
+
+def test_continue_goes_on_with_the_last_chat() -> None:
+    assert "there is no saved chat to go on with" in piped("", "--continue").stderr
+    piped("first\n", "--system", "short")
+    done = piped("/show history\n/show system\nsecond\n", "--continue")
+    assert done.stdout == "user: first\nassistant: FIRST\nshort\nSECOND\n"
+    assert "2 messages" in done.stderr
+    assert len(saved_chats.names()) == 1
+
+
+# A pseudo-terminal
+
+pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
+
+
+class PseudoTerminal:
+    """The fake chat at the slave end of a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, term: str = "xterm") -> None:
+        import fcntl
+        import struct
+        import termios
+
+        pid, self.fd = pty.fork()
+        if pid == 0:
+            os.execve(FAKE[0], [*FAKE, *arguments], environment(TERM=term, NO_COLOR="1"))
+        self.pid = pid
+        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.seen = ""
+        self._code: int | None = None
+
+    def send(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def expect(self, text: str, timeout: float = 30.0) -> str:
+        """Reads until `text` is shown; returns what came before it."""
+        end = time.monotonic() + timeout
+        while text not in self.seen:
+            assert time.monotonic() < end, f"{text!r} did not come: {self.seen!r}"
+            self._read()
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def wait(self) -> int:
+        """Waits for the end; returns the exit code."""
+        end = time.monotonic() + 30
+        while self._code is None:
+            assert time.monotonic() < end, f"the program did not end: {self.seen!r}"
+            self._read()
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code
+
+    def close(self) -> None:
+        if self._code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+
+    def _read(self) -> None:
+        if not select.select([self.fd], [], [], 0.1)[0]:
+            return
+        try:
+            data = os.read(self.fd, 65536).decode("utf-8", "replace")
+        except OSError:  # the program has ended
+            time.sleep(0.05)
+            return
+        if "\x1b[6n" in data:  # prompt_toolkit asks where the cursor is
+            os.write(self.fd, b"\x1b[1;1R")
+        self.seen += data
+
+
+@pytest.fixture
+def at_terminal() -> Iterator[Callable[..., PseudoTerminal]]:
+    opened: list[PseudoTerminal] = []
+
+    def start(*arguments: str, term: str = "xterm") -> PseudoTerminal:
+        opened.append(PseudoTerminal(*arguments, term=term))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_ctrl_c_stops_the_reply_and_ctrl_d_leaves(
+    at_terminal: Callable[..., PseudoTerminal], term: str
+) -> None:
+    chat = at_terminal("--delay", "0.005", term=term)
+    chat.expect("Ctrl-D leaves")
+    chat.expect(">>>")
+    chat.send("long\r")
+    chat.expect("Paragraph 2 goes on")
+    chat.send("\x03")
+    before = chat.expect("interrupted")
+    assert "Paragraph 900" not in before
+    chat.expect(">>>")
+    chat.send("still alive\r")
+    chat.expect("STILL ALIVE")
+    chat.expect("first token")
+    chat.expect(">>>")
+    chat.send("\x03")
+    chat.expect("Ctrl-D or /bye leaves")
+    chat.expect(">>>")
+    chat.send("\x04")
+    assert chat.wait() == 0
+    [name] = saved_chats.names()
+    messages = saved_chats.load(name).messages
+    assert [m["content"] for m in messages][2:] == ["still alive", "STILL ALIVE"]
+    assert messages[1]["content"].startswith("Paragraph 0")
+
+
+def test_ctrl_c_while_the_prompt_is_read(at_terminal: Callable[..., PseudoTerminal]) -> None:
+    chat = at_terminal("--delay", "0.5")
+    chat.expect(">>>")
+    chat.send("word " * 100 + "\r")
+    chat.expect("reading the prompt")
+    chat.send("\x03")
+    chat.expect("the message was taken back")
+    chat.expect(">>>")
+    chat.send("/bye\r")
+    assert chat.wait() == 0
+
+
+def test_ctrl_c_while_loading_leaves_with_one_line(
+    at_terminal: Callable[..., PseudoTerminal],
+) -> None:
+    chat = at_terminal("--load-s", "60")
+    chat.expect("compiling gemv_q4_1")
+    chat.send("\x03")
+    assert chat.wait() == 130
+    assert "interrupted while loading" in chat.seen
+    assert "Traceback" not in chat.seen
+
+
+def test_input_history_is_kept_across_runs(
+    at_terminal: Callable[..., PseudoTerminal], data_folder: Path
+) -> None:
+    for _ in range(2):
+        chat = at_terminal()
+        chat.expect(">>>")
+        chat.send("remember me\r")
+        chat.expect("REMEMBER ME")
+        chat.expect("first token")
+        chat.expect(">>>")
+        chat.send("\x04")
+        assert chat.wait() == 0
+    assert (data_folder / "history").read_text().count("+remember me\n") >= 1
+    chat = at_terminal()
+    chat.expect(">>>")
+    chat.send("\x1b[A")
+    chat.expect("remember me")
+    chat.send("\r")
+    chat.expect("REMEMBER ME")
