@@ -10,11 +10,12 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .flash import CAUSAL, HALF, attention, cache_append, scratch_bytes
-from .jit import float_bits
+from .flash import CAUSAL, HALF, KEY_COUNT, OPTIONS, attention, cache_append, scratch_bytes
+from .lowered import Rows, plain
 from .threads import team
 
 NONE = np.float32(-np.inf)
+USES = ("attention", "cache_append")
 
 
 def _heads(x, heads):
@@ -86,51 +87,72 @@ def _mask_view(mask, shape):
     return mask, (wide.ctypes.data, *wide.strides[:3])
 
 
-def _run(q, keys, k_strides, values, v_strides, count, value_size, mask, scale, softcap, options):
-    """Call the kernel -> (B, T, H, E) float32. keys and values are addresses."""
+def _rows(q, keys, k_strides, values, v_strides, count, value_size, mask, scale, softcap, options):
+    """The call that computes (B, T, H, E) float32. keys and values are addresses."""
     b, h, t, d = q.shape
     kv_heads = k_strides[3]
     out = np.empty((b, t, h, value_size), np.float32)
     if 0 in out.shape:
-        return out
+        return Rows((out,), [])
     mask, view = _mask_view(mask, (b, h, t, count))
     scales = np.array([scale, softcap])
-    scratch, each = team().scratch(scratch_bytes(d, value_size))
+    scratch, each, held = team().scratch(scratch_bytes(d, value_size))
     y = out.strides
-    team().run([(
+    call = (
         attention, q.ctypes.data, *q.strides[:3], keys, *k_strides[:3], values, *v_strides,
         out.ctypes.data, y[0], y[2], y[1], *view, b, kv_heads, h // kv_heads, t, count, d,
         value_size, options, scales.ctypes.data, scratch, each,
-    )])  # fmt: skip
-    return out
+    )  # fmt: skip
+    return Rows((out,), [call], keep=(q, mask, scales, held))
 
 
 def _append(k, v, past_key, past_value):
-    """Write k (1, KV, T, D) and v (1, KV, T, E) behind what the cache holds."""
+    """The call that writes k (1, KV, T, D) and v (1, KV, T, E) behind what the cache holds."""
     at, (_, heads, tokens, size) = past_key.length, k.shape
     past_key.reserve(at + tokens)
     past_value.reserve(at + tokens)
-    team().run([(
+    return (
         cache_append, k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3],
         past_key.address, past_value.address, heads, tokens, size, v.shape[3],
         past_value.padded, past_key.capacity, at,
-    )])  # fmt: skip
-    past_key.length = past_value.length = at + tokens
+    )  # fmt: skip
 
 
 def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
-    """Attention over a cache that grows in place."""
+    """The calls for attention over a cache that grows in place; its length is the caller's."""
     before = past_key.length
-    _append(k, v, past_key, past_value)
-    count = past_key.length
+    count = before + k.shape[2]
+    append = _append(k, v, past_key, past_value)
     options = HALF | (CAUSAL | before << 2 if is_causal else 0)
     mask = None if mask is None else _additive(mask, count)
     capacity, padded = past_key.capacity, past_value.padded
     d, heads = q.shape[3], k.shape[1]
     k_strides = (0, 2 * d * capacity, 2 * capacity, heads)
     v_strides = (0, 2 * padded * capacity, 2 * padded)
-    return _run(q, past_key.address, k_strides, past_value.address, v_strides, count, v.shape[3],
-                mask, scale, softcap, options)  # fmt: skip
+    rows = _rows(q, past_key.address, k_strides, past_value.address, v_strides, count, v.shape[3],
+                 mask, scale, softcap, options)  # fmt: skip
+    # One position on: append one further, see one key more, be causal one later.
+    growth = ((0, 14, 1), (1, KEY_COUNT, 1), (1, OPTIONS, 4 if is_causal else 0))
+    return Rows(rows.outputs, [append, *rows.calls], growth, keep=(k, v, *rows.keep))
+
+
+def lower_attention(
+    q, k, v, attn_mask=None, past_key=None, past_value=None, *, is_causal=0, kv_num_heads=0,
+    q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
+    n_outputs=1,
+):  # fmt: skip
+    """One token, 3-D inputs, and a cache that has slots; its length stays as it is."""
+    slots = past_key is not None and not isinstance(past_key, np.ndarray)
+    if not slots or attn_mask is not None or q.ndim != 3 or q.shape[:2] != (1, 1):
+        return None
+    if n_outputs > 3 or not plain(q, k, v):
+        return None
+    heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
+    scale = scale or 1 / math.sqrt(heads[0].shape[3])
+    rows = _cached(*heads, past_key, past_value, None, scale, softcap, is_causal)
+    y = rows.outputs[0].reshape(1, 1, -1)
+    rows.outputs = (y, past_key, past_value)[:n_outputs]
+    return rows
 
 
 def _scores(q, k, mask, scale, softcap, mode):
@@ -147,7 +169,16 @@ def _scores(q, k, mask, scale, softcap, mode):
     return weights / np.where(total == 0, 1, total)
 
 
-@op("Attention", since=23, native=("past_key", "past_value"), uses=("attention", "cache_append"))
+def lower_attention_24(q, k, v, attn_mask=None, past_key=None, past_value=None,
+                       nonpad_kv_seqlen=None, *, left_window_size=-1, right_window_size=-1,
+                       **attributes):  # fmt: skip
+    """As version 23's."""
+    if nonpad_kv_seqlen is not None or left_window_size >= 0 or right_window_size >= 0:
+        return None
+    return lower_attention(q, k, v, attn_mask, past_key, past_value, **attributes)
+
+
+@op("Attention", since=23, native=("past_key", "past_value"), uses=USES, lower=lower_attention)
 def attention_23(
     q, k, v, attn_mask=None, past_key=None, past_value=None, *, is_causal=0, kv_num_heads=0,
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
@@ -163,7 +194,7 @@ def attention_23(
     )  # fmt: skip
 
 
-@op("Attention", since=24, native=("past_key", "past_value"), uses=("attention", "cache_append"))
+@op("Attention", since=24, native=("past_key", "past_value"), uses=USES, lower=lower_attention_24)
 def attention_24(
     q, k, v, attn_mask=None, past_key=None, past_value=None, nonpad_kv_seqlen=None, *,
     is_causal=0, kv_num_heads=0, q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0,
@@ -181,10 +212,11 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
                scale, softcap, left, right, n_outputs):  # fmt: skip
     dtype, flat = q.dtype, q.ndim == 3
     q, k, v = _heads(q, q_heads), _heads(k, kv_heads), _heads(v, kv_heads)
-    scale = 1 / math.sqrt(q.shape[3]) if not scale else scale
+    scale = scale or 1 / math.sqrt(q.shape[3])
     slots = past_key is not None and not isinstance(past_key, np.ndarray)
     if slots and lengths is None and left < 0 and right < 0 and n_outputs <= 3:
-        y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal)
+        y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
+        past_key.length = past_value.length = past_key.length + k.shape[2]
         present_key, present_value, scores = past_key, past_value, None
     else:
         before = 0 if past_key is None else past_key.shape[2]
@@ -195,15 +227,13 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
         mask = None if mask is None else _additive(mask, count)
         if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
             before = before if lengths is None else np.asarray(lengths) - q.shape[2]
-            limits = _limits(
-                len(q), q.shape[2], count, before, is_causal, lengths, left, right
-            )
+            limits = _limits(len(q), q.shape[2], count, before, is_causal, lengths, left, right)
             mask, is_causal = limits if mask is None else mask + limits, 0
         options = CAUSAL | before << 2 if is_causal else 0
         keys, values = _padded_keys(k), _padded_values(v)
         strides = (*keys.strides[:3], keys.shape[1])
-        y = _run(q, keys.ctypes.data, strides, values.ctypes.data, values.strides[:3], count,
-                 v.shape[3], mask, scale, softcap, options)  # fmt: skip
+        y = _rows(q, keys.ctypes.data, strides, values.ctypes.data, values.strides[:3], count,
+                  v.shape[3], mask, scale, softcap, options).run()  # fmt: skip
         present_key, present_value = k.astype(dtype, copy=False), v.astype(dtype, copy=False)
         scores = _scores(q, k, mask, scale, softcap, mode) if n_outputs > 3 else None
     y = y.reshape(*y.shape[:2], -1) if flat else np.ascontiguousarray(y.transpose(0, 2, 1, 3))

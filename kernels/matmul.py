@@ -7,6 +7,7 @@ import numpy as np
 
 from ..registry import kernels, op
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
+from .lowered import Rows, plain
 from .threads import team
 
 USES = ("gemv_{order}_{encoding}", "gemm_{order}_{encoding}", "gemm_pack")
@@ -23,38 +24,54 @@ class Matrix:
         self.row_bytes = 4 * array.shape[1]
 
 
-def product(x, weight):
-    """x (M, K) float32 contiguous, weight logically (K, N) -> (M, N) float32."""
+def calls(x, weight, out):
+    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in."""
     (m, k), n = x.shape, weight.shape[1]
-    out = np.empty((m, n), np.float32)
-    if 0 in (m, n, k):
-        out[:] = 0
-        return out
     order = "rows" if weight.transposed else "columns"
     if m == 1:
         kernel = kernels()[f"gemv_{order}_{weight.encoding}"]
-        team().run([(kernel, weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data, n, k)])
-    else:
-        kernel = kernels()[f"gemm_{order}_{weight.encoding}"]
-        rows = -(-m // TILE_ROWS) * TILE_ROWS
-        packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
-        scratch, each = team().scratch(scratch_bytes(m))
-        team().run([
-            (gemm_pack, x.ctypes.data, 4 * k, packed.ctypes.data, m, k),
-            (kernel, weight.address, weight.row_bytes, packed.ctypes.data, out.ctypes.data,
-             4 * n, m, n, k, scratch, each),
-        ])  # fmt: skip
+        where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data
+        return [(kernel, *where, n, k)], ()
+    kernel = kernels()[f"gemm_{order}_{weight.encoding}"]
+    rows = -(-m // TILE_ROWS) * TILE_ROWS
+    packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
+    scratch, each, held = team().scratch(scratch_bytes(m))
+    pack = (gemm_pack, x.ctypes.data, 4 * k, packed.ctypes.data, m, k)
+    return [pack, (kernel, weight.address, weight.row_bytes, packed.ctypes.data, out.ctypes.data,
+                   4 * n, m, n, k, scratch, each)], (packed, held)  # fmt: skip
+
+
+def product(x, weight):
+    """x (M, K) float32 contiguous, weight logically (K, N) -> (M, N) float32."""
+    out = np.empty((len(x), weight.shape[1]), np.float32)
+    if 0 in (*x.shape, *out.shape):
+        out[:] = 0
+        return out
+    todo, held = calls(x, weight, out)
+    team().run(todo)
+    del held
     if weight.encoding == "uint8":
         out *= np.float32(weight.scale)
         out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)
     return out
 
 
+def lower_matmul(a, b):
+    """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
+    if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
+        return None
+    out = np.empty((*a.shape[:-1], b.shape[1]), np.float32)
+    if not out.size or not a.size:
+        return None
+    todo, _ = calls(a.reshape(1, -1), b, out.reshape(1, -1))
+    return Rows((out,), todo, keep=(a, b))
+
+
 def _is_float(dtype):
     return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
 
 
-@op("MatMul", since=1, native=("b",), uses=USES)
+@op("MatMul", since=1, native=("b",), uses=USES, lower=lower_matmul)
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
     if not isinstance(b, np.ndarray):
@@ -79,7 +96,7 @@ def matmul(a, b):
 
 @op("Gemm", since=1, native=("b",), uses=USES)
 def gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0, broadcast=0):  # noqa: N803
-    """a (M, K), b (K, N), c broadcast to (M, N) -> alpha a b + beta c, each transposed on demand."""
+    """a (M, K), b (K, N), transposed on demand, c broadcast to (M, N) -> alpha a b + beta c."""
     a = a.T if transA else a
     b = b.T if transB else b
     y = matmul(a, b)

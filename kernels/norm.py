@@ -9,6 +9,7 @@ import numpy as np
 
 from ..registry import op
 from .jit import arg, arg_float, float_bits, jit, kernel, share
+from .lowered import Rows, plain
 from .threads import team
 from .vector import (
     add, fma, load_f32, load_f32_n, mul, peek_f32, splat, store_f32_n, sub, sum_lanes, zero,
@@ -89,14 +90,21 @@ def _rows(x, axis, *parameters):
     return rows, *flat
 
 
-@op("RMSNormalization", since=23, uses=("rms_norm",))
+def lower_rms(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
+    """x (M, N) or (..., N), scale (N,), contiguous float32."""
+    if not plain(x, scale) or axis not in (-1, x.ndim - 1) or scale.shape != x.shape[-1:]:
+        return None
+    out, n = np.empty_like(x), x.shape[-1]
+    m = x.size // n if n else 0
+    call = (rms_norm, x.ctypes.data, scale.ctypes.data, out.ctypes.data, m, n, float_bits(epsilon))
+    return Rows((out,), [call], serial=m == 1, keep=(x, scale))
+
+
+@op("RMSNormalization", since=23, uses=("rms_norm",), lower=lower_rms)
 def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     """x (..., N), scale (N,) -> same shape, computed in float32."""
     rows, weight = _rows(x, axis, scale)
-    out = np.empty_like(rows)
-    m, n = rows.shape
-    team().run([(rms_norm, rows.ctypes.data, weight.ctypes.data, out.ctypes.data, m, n,
-                 float_bits(epsilon))])  # fmt: skip
+    out = lower_rms(rows, weight, epsilon=epsilon).run()
     return out.reshape(x.shape).astype(scale.dtype, copy=False)
 
 

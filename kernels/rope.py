@@ -6,9 +6,10 @@ cos and sin (B, T, R / 2). Source: Su et al., "RoFormer" (2021); ONNX RotaryEmbe
 
 import numpy as np
 
+from ..errors import ShapeError
 from ..registry import op
 from .jit import arg, kernel, share
-from .threads import team
+from .lowered import Rows, plain
 from .vector import fma, load_f32, mul, peek_f32, poke_f32, splat, store_f32
 
 
@@ -47,15 +48,13 @@ def rotary(args, thread, threads):
                 poke_f32(q + 4 * i, peek_f32(p + 4 * i))
 
 
-@op("RotaryEmbedding", since=23, uses=("rotary",))
-def rotary_embedding(
+def lower_rotary(
     x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0,
     rotary_embedding_dim=0,
 ):  # fmt: skip
-    """x (B, H, T, D) or (B, T, H D), caches (B, T, R / 2) or, by position_ids, (P, R / 2)."""
-    if position_ids is not None:
-        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
-    source = np.ascontiguousarray(x, np.float32)
+    """x (B, H, T, D) or (B, T, H D), caches (B, T, R / 2), contiguous float32."""
+    if position_ids is not None or not plain(x, cos_cache, sin_cache):
+        return None
     if x.ndim == 3:
         (b, t, hidden), heads = x.shape, num_heads
         size = hidden // heads
@@ -64,10 +63,33 @@ def rotary_embedding(
         b, heads, t, size = x.shape
         strides = (4 * heads * t * size, 4 * size, 4 * t * size)
     rotated = rotary_embedding_dim or size
-    shape = (b, t, rotated // 2)
+    if not cos_cache.shape == sin_cache.shape == (b, t, rotated // 2):
+        return None
+    out = np.empty_like(x)
+    call = (rotary, x.ctypes.data, out.ctypes.data, cos_cache.ctypes.data, sin_cache.ctypes.data,
+            b, t, heads, size, rotated, *strides, interleaved)  # fmt: skip
+    return Rows((out,), [call], serial=b * t == 1, keep=(x, cos_cache, sin_cache))
+
+
+@op("RotaryEmbedding", since=23, uses=("rotary",), lower=lower_rotary)
+def rotary_embedding(
+    x, cos_cache, sin_cache, position_ids=None, *, interleaved=0, num_heads=0,
+    rotary_embedding_dim=0,
+):  # fmt: skip
+    """x (B, H, T, D) or (B, T, H D), caches (B, T, R / 2) or, by position_ids, (P, R / 2)."""
+    if position_ids is not None:
+        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
+    b, t = x.shape[0], x.shape[-2]
+    shape = (b, t, cos_cache.shape[-1])
     cos = np.ascontiguousarray(np.broadcast_to(cos_cache, shape), np.float32)
     sin = np.ascontiguousarray(np.broadcast_to(sin_cache, shape), np.float32)
-    out = np.empty_like(source)
-    team().run([(rotary, source.ctypes.data, out.ctypes.data, cos.ctypes.data, sin.ctypes.data,
-                 b, t, heads, size, rotated, *strides, interleaved)])  # fmt: skip
-    return out.astype(x.dtype, copy=False)
+    ready = lower_rotary(
+        np.ascontiguousarray(x, np.float32), cos, sin, interleaved=interleaved,
+        num_heads=num_heads, rotary_embedding_dim=rotary_embedding_dim,
+    )  # fmt: skip
+    if ready is None:
+        raise ShapeError(
+            f"RotaryEmbedding: cos and sin of shapes {cos_cache.shape} and {sin_cache.shape} do "
+            f"not fit x of shape {x.shape}"
+        )
+    return ready.run().astype(x.dtype, copy=False)

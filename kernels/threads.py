@@ -1,6 +1,6 @@
 """The thread team: it walks a table of kernels, all members together, one row after the other.
 
-Shapes: a table is (rows, COLUMNS) int64: column 0 a kernel's address, the rest its arguments. The
+Shapes: a table is (rows, COLUMNS) int64: column 0 a kernel's address, then its arguments. The
 team's state is one int64 a cache line: claims, row, done, shares, stop, then one "parked" flag a
 member.
 
@@ -27,13 +27,14 @@ from .vector import (
     atomic_add, atomic_compare_exchange, atomic_load, atomic_store, peek_i64,
 )  # fmt: skip
 
-COLUMNS = 32
+COLUMNS = 40
 LINE = 64
 CLAIMS, ROW, DONE, SHARES, STOP = (i * LINE for i in range(5))
 PARKED = 8 * LINE
 SERIAL = 32  # claims holds the shares in its lower bits, the serial number above
 SPINS_BEFORE_YIELD = 2000
 SPINS_BEFORE_PARKING = 40000
+SERIAL_ROW = COLUMNS - 1  # this column of a row: not worth sharing, the leader runs it alone
 MAX_THREADS = 32
 
 if JIT and sys.platform != "win32":
@@ -95,7 +96,7 @@ def team_lead(args, thread, threads):
     shares = atomic_load(state + SHARES)
     for i in range(arg(args, 2)):
         row = table + 8 * COLUMNS * i
-        if shares == 1:
+        if shares == 1 or peek_i64(row + 8 * SERIAL_ROW):
             call_kernel(peek_i64(row), row + 8, 0, 1)
             continue
         serial = (atomic_load(state + CLAIMS) >> SERIAL) + 1 & 0x3FFFFFFF
@@ -159,11 +160,14 @@ class Team:
         self._started = False
 
     def scratch(self, each):
-        """Working memory of at least `each` bytes a share: its address, and the bytes between."""
+        """Working memory of at least `each` bytes a share: address, bytes between, what holds it.
+
+        All kernels that run one after the other share it; a later call may get other memory.
+        """
         each = (each + 4095) // 4096 * 4096
         if each * self.shares + LINE > self._scratch.nbytes:
             self._scratch = np.empty(each * self.shares + LINE, np.uint8)
-        return (self._scratch.ctypes.data + LINE - 1) // LINE * LINE, each
+        return (self._scratch.ctypes.data + LINE - 1) // LINE * LINE, each, self._scratch
 
     def _start(self):
         self._started = True
@@ -185,12 +189,22 @@ class Team:
         with self._lock:
             if len(rows) > len(self._table):
                 self._table = np.zeros((2 * len(rows), COLUMNS), np.int64)
-            if not JIT:
-                return self._run_uncompiled(rows)
-            for line, (function, *values) in zip(self._table, rows, strict=False):
-                line[0] = function.address
-                line[1 : 1 + len(values)] = values
-            return self._run_table(self._table.ctypes.data, len(rows))
+            fill_table(self._table, rows)
+            self._walk(self._table, [function for function, *_ in rows])
+
+    def run_table(self, table, functions):
+        """Run a table (rows, COLUMNS) that `fill_table` made of these kernels."""
+        with self._lock:
+            self._walk(table, functions)
+
+    def _walk(self, table, functions):
+        if JIT:
+            return self._run_table(table.ctypes.data, len(functions))
+        for line, function in zip(table, functions, strict=False):
+            shares = 1 if line[SERIAL_ROW] else self.shares
+            for share in range(shares):
+                function(line.ctypes.data + 8, share, shares)
+        return None
 
     def _run_table(self, table, rows):
         if not self._started:
@@ -201,11 +215,12 @@ class Team:
         self._args[1:3] = table, rows
         team_lead.call(self._args.ctypes.data, 0, self.size)
 
-    def _run_uncompiled(self, rows):
-        for line, (function, *values) in zip(self._table, rows, strict=False):
-            line[: len(values)] = values
-            for share in range(self.shares):
-                function(line.ctypes.data, share, self.shares)
+
+def fill_table(table, rows):
+    """Write rows of (kernel, *arguments) into a table (rows or more, COLUMNS)."""
+    for line, (function, *values) in zip(table, rows, strict=False):
+        line[0] = function.address
+        line[1 : 1 + len(values)] = values
 
 
 @cache
@@ -227,4 +242,4 @@ def set_threads(size):
     _local.size = int(size)
 
 
-__all__ = ["float_bits", "set_threads", "team", "team_of"]
+__all__ = ["fill_table", "float_bits", "set_threads", "team", "team_of"]

@@ -62,8 +62,9 @@ class KVSlot:
                 self.array[:, :kept] = old[:, :kept]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        filled = self.array.reshape(self.heads, self.size, -1).transpose(0, 2, 1)
-        if self.kind == "value":
+        if self.kind == "key":
+            filled = self.array.reshape(self.heads, self.size, -1).transpose(0, 2, 1)
+        else:
             filled = self.array.reshape(self.heads, -1, self.padded)[:, :, : self.size]
         return filled[None, :, : self.length].astype(dtype or np.float32)
 

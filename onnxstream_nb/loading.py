@@ -48,9 +48,9 @@ def _budget(plan: Plan, ram: int, reserve: int) -> WeightsProvider:
     room = ram - used
     if plan.weight_bytes <= room:
         return RamProvider()
-    window = 2 * max(ref.nbytes for ref in refs)
+    window = min(2 * max((ref.nbytes for ref in refs), default=0), plan.weight_bytes)
     if window > room:
-        least = device.format_size(used + window)
+        least = device.format_size(1.01 * (used + window))  # rounding must not take it below
         raise MemoryBudgetError(
             f"--ram {device.format_size(ram)} is too little for this model: "
             f"at least {least} is needed ({device.format_size(used)} without weights)"

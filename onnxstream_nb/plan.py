@@ -93,11 +93,14 @@ def _constants(
         for i, name in enumerate(node.inputs)
         if operator is not None and i in operator.native
     }
-    return {
+    constants = {
         name: read(ref)
         for name, ref in graph.initializers.items()
         if ref.nbytes <= CONSTANT_BYTES and name not in native
     }
+    for array in constants.values():
+        array.flags.writeable = False  # no result may be a view that its owner can change
+    return constants
 
 
 def _last_uses(graph: Graph) -> list[tuple[str, ...]]:

@@ -33,6 +33,8 @@ class Operator:
     keyword-only parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes
     `n_outputs`, the number of outputs the node names. `uses` names the kernels it may call, so
     that they are compiled before the first run; "{encoding}" stands for its weight's encoding.
+    `lower` takes what the function takes and returns the kernel calls that compute it, into
+    arrays of its own, or None when for these inputs there is more to it.
     """
 
     op_type: str
@@ -44,6 +46,7 @@ class Operator:
     attributes: frozenset[str]
     wants_outputs: bool
     uses: tuple[str, ...]
+    lower: Callable[..., Any] | None
 
 
 _OPERATORS: dict[tuple[str, str, str], dict[int, Operator]] = {}
@@ -58,6 +61,7 @@ def op(
     device: str = "cpu",
     native: tuple[str, ...] = (),
     uses: tuple[str, ...] = (),
+    lower: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Declare that the function implements `op_type` of `domain` from opset `since` on."""
 
@@ -71,6 +75,7 @@ def op(
             attributes=frozenset(keywords - {"n_outputs"}),
             wants_outputs="n_outputs" in keywords,
             uses=uses,
+            lower=lower,
         )  # fmt: skip
         _OPERATORS.setdefault((domain, op_type, device), {})[since] = entry
         return function

@@ -18,6 +18,7 @@ from . import device, formats, passes, trace
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose_provider
+from .lowering import Replay
 from .plan import Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -88,6 +89,8 @@ class Session:
         internal("PrepareKernels")(self.plan.kernels, _cores(), progress)
         self.provider: WeightsProvider = choose_provider(self.plan, load, ram, reserve)
         self._lock = threading.Lock()
+        self._replay: Replay | None = None
+        self._last_shapes: object = None
         self._decode = internal("Decode")
         self._set_threads = internal("Threads")
 
@@ -119,11 +122,36 @@ class Session:
             raise UsageError(f"no such output: {', '.join(sorted(unknown))}")
         with self._lock:
             self._set_threads(self.threads)
-            values = dict(self.plan.constants)
-            values.update(_checked_feeds(self.inputs, feeds))
-            self.provider.prefetch(self.plan.weights)
-            self._walk(values, set(wanted), stop)
+            checked = _checked_feeds(self.inputs, feeds)
+            values = self._replayed(checked, stop)
+            if values is None:
+                values = {**self.plan.constants, **checked}
+                self.provider.prefetch(self.plan.weights)
+                self._walk(values, set(wanted), stop)
             return {name: self._output(values, name) for name in wanted}
+
+    def _replayed(
+        self, feeds: Mapping[str, Any], stop: threading.Event | None
+    ) -> dict[str, Any] | None:
+        """The values after a replay of one token's tables, or None when it is not for these feeds.
+
+        Two runs of the same small shapes over a cache, and the next one is recorded.
+        """
+        if trace.current() is not None or not getattr(self.provider, "in_place", False):
+            return None
+        if self._replay is not None and self._replay.fits(feeds):
+            if self._replay.run(feeds, stop):
+                return self._replay.values
+            self._replay = None
+        shapes = _token_shapes(feeds)
+        repeated, self._last_shapes = shapes == self._last_shapes, shapes
+        if shapes is None or not repeated:
+            return None
+        own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
+        values = {**self.plan.constants, **own}
+        replay = Replay(self.plan, values, self._argument, internal("Table"))
+        self._replay = replay if replay.lowered else None
+        return values
 
     def _walk(
         self, values: dict[str, Any], keep: set[str], stop: threading.Event | None
@@ -157,9 +185,13 @@ class Session:
         return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
 
     def _output(self, values: dict[str, Any], name: str) -> Any:
-        if name in values:
-            return values[name]
-        return np.array(self._argument(values, name, native=False))
+        value = self._argument(values, name, native=True)
+        if isinstance(value, Weight):
+            return np.array(self._decode(value))
+        if not isinstance(value, np.ndarray):
+            return value
+        # What a replay computes is overwritten by the next one; a view of a constant is read-only.
+        return value.copy() if self._replay or not value.flags.writeable else value
 
     def describe(self) -> str:
         """The plan as text: one line a step."""
@@ -176,6 +208,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _token_shapes(feeds: Mapping[str, Any]) -> object:
+    """The shapes of feeds that hold one token beside a cache; None for anything else."""
+    arrays = {name: f for name, f in feeds.items() if isinstance(f, np.ndarray)}
+    if len(arrays) == len(feeds) or any(f.size != 1 for f in arrays.values()):
+        return None
+    return {name: f.shape for name, f in arrays.items()}
 
 
 def _cores() -> int:

@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -183,6 +184,7 @@ class PrefetchProvider:
         self._held = 0
         self._change = threading.Condition()
         self._closed = False
+        self._announced: set[tuple[object, ...]] = set()
         self._reading: tuple[object, ...] | None = None
         self._thread: threading.Thread | None = None
 
@@ -194,13 +196,21 @@ class PrefetchProvider:
         """The order in which weights will be asked for; replaces what was announced before."""
         with self._change:
             self._queue = [r for r in refs if isinstance(r.source, Path)]
-            keep = {r.key for r in self._queue}
-            for key in [k for k in self._ready if k not in keep]:
-                self._drop(key)
+            self._announced = {r.key for r in self._queue}
+            keep = self._window()
+            for key, found in list(self._ready.items()):
+                if key not in keep or isinstance(found, BaseException):
+                    self._drop(key)
             if self._thread is None and self._queue:
                 self._thread = threading.Thread(target=self._work, daemon=True)
                 self._thread.start()
             self._change.notify_all()
+
+    def _window(self) -> set[tuple[object, ...]]:
+        """The front of the queue, as much as may be held: what came later makes room for it."""
+        sums = accumulate({r.key: r.nbytes for r in self._queue}.values())
+        keys = dict.fromkeys(r.key for r in self._queue)
+        return {key for key, total in zip(keys, sums, strict=True) if total <= self._ahead}
 
     def _drop(self, key: tuple[object, ...]) -> None:
         dropped = self._ready.pop(key)
@@ -230,10 +240,12 @@ class PrefetchProvider:
             except BaseException as error:  # handed to the thread that asks for the weight
                 result = error
             with self._change:
-                self._ready[ref.key] = result
-                self._held += 0 if isinstance(result, BaseException) else result.nbytes
+                if ref.key in self._announced:
+                    self._ready[ref.key] = result
+                    self._held += 0 if isinstance(result, BaseException) else result.nbytes
                 self._reading = None
                 self._change.notify_all()
+            del result  # or this thread would keep the bytes until the next read
 
     def get(self, ref: WeightRef) -> Weight:
         with self._change:
@@ -264,24 +276,29 @@ class PrefetchProvider:
 class MmapProvider:
     """Maps the files; the page cache decides what stays in memory."""
 
+    in_place = True  # a weight stays where it is from one `get` to the next
+
     def __init__(self) -> None:
+        self._files = _Files()
         self._maps: dict[Path, np.ndarray[Any, Any]] = {}
 
     def get(self, ref: WeightRef) -> Weight:
         if isinstance(ref.source, bytes):
             return Weight(ref, _in_memory(ref))
-        whole = self._maps.get(ref.source)
-        if whole is None:
-            whole = self._maps[ref.source] = self._map(ref.source)
-        # Reading a mapped page behind the end of a file kills the process: look before.
-        if ref.offset + ref.nbytes > whole.nbytes:
+        # Reading a mapped page behind the end of a file kills the process: look before, every time.
+        end, size = ref.offset + ref.nbytes, os.fstat(self._files.descriptor(ref.source)).st_size
+        if end > size:
             raise _truncated(ref)
-        return Weight(ref, whole[ref.offset : ref.offset + ref.nbytes])
+        if not ref.nbytes:
+            return Weight(ref, np.empty(0, np.uint8))
+        whole = self._maps.get(ref.source)
+        if whole is None or end > whole.nbytes:
+            whole = self._maps[ref.source] = self._map(ref.source)
+        return Weight(ref, whole[ref.offset : end])
 
     def _map(self, path: Path) -> np.ndarray[Any, Any]:
         try:
-            with path.open("rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(self._files.descriptor(path), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: cannot map the weight file: {error}") from error
         return np.frombuffer(mapped, np.uint8)
@@ -294,10 +311,13 @@ class MmapProvider:
 
     def close(self) -> None:
         self._maps.clear()
+        self._files.close()
 
 
 class RamProvider:
     """Reads each weight once and keeps it; tied weights are kept once."""
+
+    in_place = True  # a weight stays where it is from one `get` to the next
 
     def __init__(self) -> None:
         self._disk = DiskProvider()

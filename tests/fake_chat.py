@@ -9,11 +9,11 @@ from typing import Any
 from fake_llm import fake_model, shout
 from rich.console import Console
 
-from onnxstream_nb.chat import Chat
-from onnxstream_nb.conversation import Conversation
-from onnxstream_nb.line_input import LineInput
+from onnxstream_nb.chat.conversation import Conversation
+from onnxstream_nb.chat.line_input import LineInput
+from onnxstream_nb.chat.loop import Chat
+from onnxstream_nb.chat.worker import Worker
 from onnxstream_nb.ui import Terminal
-from onnxstream_nb.worker import Worker
 
 
 class Talk:

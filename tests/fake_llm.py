@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxstream_nb.errors import Interrupted
 from onnxstream_nb.model import Model
-from onnxstream_nb.vocabulary import Conventions, Tokenizer
+from onnxstream_nb.tokenizer.vocabulary import Conventions, Tokenizer
 
 BOS, IM_START, IM_END = 256, 257, 258
 SPECIAL = {"<s>": BOS, "<|im_start|>": IM_START, "<|im_end|>": IM_END}

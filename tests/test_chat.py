@@ -14,10 +14,10 @@ import pytest
 from fake_chat import Talk, lines_of
 from fake_llm import FakeLLM, shout
 
-from onnxstream_nb import saved_chats
 from onnxstream_nb.chat import ChatOptions
-from onnxstream_nb.chat_commands import COMMANDS, read_setting, run_command
-from onnxstream_nb.line_input import Entry, LineInput
+from onnxstream_nb.chat import saved as saved_chats
+from onnxstream_nb.chat.commands import COMMANDS, read_setting, run_command
+from onnxstream_nb.chat.line_input import Entry, LineInput
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxstream_nb import saved_chats
+from onnxstream_nb.chat import saved as saved_chats
 
 ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]

@@ -18,8 +18,9 @@ import pytest
 
 import onnxstream_nb
 from onnxstream_nb import cli, model
+from onnxstream_nb.cli.main import parse
+from onnxstream_nb.cli.verbs import SAMPLING, VERBS
 from onnxstream_nb.errors import ModelError, UsageError
-from onnxstream_nb.verbs import SAMPLING, VERBS
 
 COMMAND = [sys.executable, "-m", "onnxstream_nb"]
 HEAVY = ("numba", "llvmlite", "numpy", "onnx", "rich", "jinja2", "huggingface_hub", "tokenizers")
@@ -233,12 +234,12 @@ def test_variables_stand_for_flags() -> None:
         "ONNXSTREAM_STOP": "\n", "ONNXSTREAM_RAW": "yes", "ONNXSTREAM_JSON": "0",
         "ONNXSTREAM_PROMPT": "hi",
     }  # fmt: skip
-    options = cli.parse("generate", ["m", "--top-k", "8"], environment)
+    options = parse("generate", ["m", "--top-k", "8"], environment)
     assert options["top_k"] == 8  # the command line wins
     assert (options["ram"], options["load"]) == (3 << 29, "stream")
     assert (options["stop"], options["raw"], options["json"]) == (("\n",), True, False)
     assert (options["prompt"], options["model"]) == ("hi", "m")
-    bench = cli.parse("bench", ["m"], {"ONNXSTREAM_N_PROMPT": "16,32", "ONNXSTREAM_N_DEPTH": "4"})
+    bench = parse("bench", ["m"], {"ONNXSTREAM_N_PROMPT": "16,32", "ONNXSTREAM_N_DEPTH": "4"})
     assert (bench["n_prompt"], bench["n_depth"], bench["n_gen"]) == ((16, 32), (4,), (64,))
 
 
@@ -254,18 +255,18 @@ def test_variables_stand_for_flags() -> None:
 )
 def test_bad_variables_are_named(variable: str, value: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        cli.parse("generate", ["m", "--prompt", "p"], {f"ONNXSTREAM_{variable}": value})
+        parse("generate", ["m", "--prompt", "p"], {f"ONNXSTREAM_{variable}": value})
     assert str(caught.value).startswith(message)
 
 
 def test_ram_and_mapping_exclude_each_other_from_variables_too() -> None:
     with pytest.raises(UsageError, match="exclude each other"):
-        cli.parse("chat", ["--load", "mmap"], {"ONNXSTREAM_RAM": "1GB"})
-    assert cli.parse("chat", ["--load", "ram"], {"ONNXSTREAM_RAM": "1GB"})["ram"] == 10**9
+        parse("chat", ["--load", "mmap"], {"ONNXSTREAM_RAM": "1GB"})
+    assert parse("chat", ["--load", "ram"], {"ONNXSTREAM_RAM": "1GB"})["ram"] == 10**9
 
 
 def test_defaults_and_repeated_flags() -> None:
-    options = cli.parse("chat", ["--stop", "a", "--stop=-b", "--presence-penalty", "-1.5"], {})
+    options = parse("chat", ["--stop", "a", "--stop=-b", "--presence-penalty", "-1.5"], {})
     assert (options["model"], options["load"], options["ram"]) == (None, "auto", None)
     assert (options["stop"], options["presence_penalty"]) == (("a", "-b"), -1.5)
     assert all(options[name] is None for name in ("temperature", "seed", "context", "threads"))
@@ -315,7 +316,7 @@ def test_generate_refuses_empty_stdin(
 def test_a_terminal_gets_no_escape_sequences(
     fake: FakeModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from onnxstream_nb import commands
+    from onnxstream_nb.cli import commands
 
     evil = [model.Token("a\x1b[2Jb\n", 1, 0.0)]
     commands.stream(evil)

@@ -31,10 +31,10 @@ from hub_fixtures import (
 )  # fmt: skip
 from hub_server import Hub, Repository
 
-from onnxstream_nb import hub, store
-from onnxstream_nb.catalogue import CATALOGUE
+from onnxstream_nb import hub
 from onnxstream_nb.errors import DownloadError, ModelError, UsageError
-from onnxstream_nb.hub import Progress
+from onnxstream_nb.hub import Progress, store
+from onnxstream_nb.hub.catalogue import CATALOGUE
 
 caches, server = hub_fixtures.caches, hub_fixtures.server
 

@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 import pytest
 
-from onnxstream_nb import cli, measure, registry, report, synthetic, trace
+from onnxstream_nb import cli, measure, registry, synthetic, trace
+from onnxstream_nb.cli import report
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.graph import ENCODINGS, Graph, Node, Value, WeightRef
 from onnxstream_nb.measure import Case

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from fake_chat import Talk
 
-from onnxstream_nb import saved_chats
+from onnxstream_nb.chat import saved as saved_chats
 from onnxstream_nb.errors import UsageError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxstream_nb.errors import DownloadError, UnsupportedError, UsageError
-from onnxstream_nb.selection import select
+from onnxstream_nb.hub.selection import select
 
 REPO = "owner/model"
 FIRST = "model-00001-of-00002.safetensors"

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from onnxstream_nb import templates
 from onnxstream_nb.errors import ModelError
-from onnxstream_nb.templates import CHATML, LLAMA_INST, render
+from onnxstream_nb.tokenizer import templates
+from onnxstream_nb.tokenizer.templates import CHATML, LLAMA_INST, render
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},

@@ -23,8 +23,8 @@ from tokenizer_fixtures import (
     user,
 )
 
-from onnxstream_nb.gguf_vocabulary import PRE_TOKENIZERS, byte_level_library, from_metadata
 from onnxstream_nb.tokenizer import Tokenizer, encode_chat, load_tokenizer, render_chat
+from onnxstream_nb.tokenizer.gguf import PRE_TOKENIZERS, byte_level_library, from_metadata
 
 
 def write(path: Path, value: object) -> None:

@@ -9,8 +9,8 @@ import pytest
 from tokenizer_fixtures import LLAMA, gguf_metadata, small_bpe
 
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
-from onnxstream_nb.gguf_vocabulary import from_metadata
 from onnxstream_nb.tokenizer import StopStrings, encode_chat, load_tokenizer
+from onnxstream_nb.tokenizer.gguf import from_metadata
 
 
 def test_no_tokenizer_lists_what_was_looked_for(tmp_path):

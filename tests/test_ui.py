@@ -17,7 +17,7 @@ from rich.console import Console
 
 from onnxstream_nb import ui
 from onnxstream_nb.generation import Stats
-from onnxstream_nb.markdown import (
+from onnxstream_nb.ui.markdown import (
     MarkdownReply,
     PlainReply,
     finished_prefix,
@@ -25,7 +25,7 @@ from onnxstream_nb.markdown import (
     render_blocks,
     split_blocks,
 )
-from onnxstream_nb.text import clean, join_within, one_line
+from onnxstream_nb.ui.text import clean, join_within, one_line
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 pieces_of = st.lists(

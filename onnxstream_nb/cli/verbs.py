@@ -1,0 +1,123 @@
+"""The verbs and their flags, as tables. The code that runs a verb is named, not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .options import Option, choice, number, numbers, size, text, truth, whole
+
+INFINITY = float("inf")
+
+DEBUG = Option(("--debug",), "show the traceback of an error", truth, default=False)
+TRACE = Option(("--trace",), "time and bytes of each operator, on stderr", truth, default=False)
+JSON = Option(("--json",), "print one JSON object and nothing else", truth, default=False)
+THREADS = Option(("--threads",), "threads; default: the physical cores", whole(1), "N")
+LOADING = (
+    Option(
+        ("--load",),
+        "how weights are held: stream reads them for each token, mmap maps the file, ram keeps"
+        " them; default: what fits in free memory",
+        choice("auto", "stream", "mmap", "ram"),
+        "KIND",
+        default="auto",
+    ),
+    Option(("--ram",), "most memory to use, for example 2GB; the rest is streamed", size, "SIZE"),
+    THREADS,
+    Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
+)
+SAMPLING = (
+    Option(
+        ("--temperature",), "randomness, 0 takes the likeliest token; default 0.8",
+        number(0, INFINITY), "T",
+    ),
+    Option(("--top-k",), "keep the K likeliest, 0 keeps all; default 40", whole(0), "K"),
+    Option(
+        ("--top-p",), "keep the likeliest that sum to P; default 0.95",
+        number(0, 1, above=True), "P",
+    ),
+    Option(("--min-p",), "drop those below P of the likeliest; default 0.05", number(0, 1), "P"),
+    Option(
+        ("--repeat-penalty",), "divide logits of recent tokens by R; default 1.0",
+        number(0, INFINITY, above=True), "R",
+    ),
+    Option(
+        ("--presence-penalty",), "subtract P from logits of recent tokens; default 0.0",
+        number(-INFINITY, INFINITY), "P",
+    ),
+    Option(
+        ("--frequency-penalty",), "subtract P for each recent occurrence; default 0.0",
+        number(-INFINITY, INFINITY), "P",
+    ),
+    Option(("--stop",), "stop before this text; may be repeated", text, "TEXT", repeat=True),
+    Option(("--seed",), "same seed, same text", whole(0), "S"),
+)  # fmt: skip
+SHOW_PROMPT = Option(
+    ("--show-prompt",), "print the rendered prompt on stderr", truth, default=False
+)
+SYSTEM = Option(("--system",), "the system prompt", text, "TEXT")
+MAX_TOKENS = Option(("--max-tokens",), "stop after N tokens", whole(1), "N")
+CHAT = (
+    Option(("--continue",), "go on with the last session", truth, default=False),
+    SYSTEM, MAX_TOKENS, *SAMPLING, *LOADING, SHOW_PROMPT, TRACE,
+)  # fmt: skip
+GENERATE = (
+    Option(("--prompt",), "the prompt; - reads it from stdin", text, "TEXT", required=True),
+    SYSTEM,
+    Option(("--raw",), "use no chat template", truth, default=False),
+    MAX_TOKENS, *SAMPLING, *LOADING, SHOW_PROMPT, JSON, TRACE,
+)  # fmt: skip
+BENCH = (
+    Option(
+        ("-p", "--n-prompt"), "prompt lengths to read, 0 for none; default 128,512",
+        numbers(0), "N,N", default=(128, 512),
+    ),
+    Option(
+        ("-n", "--n-gen"), "tokens to generate, 0 for none; default 64",
+        numbers(0), "N", default=(64,),
+    ),
+    Option(
+        ("-d", "--n-depth"), "tokens in the context before each test; default 0",
+        numbers(0), "DEPTH", default=(0,),
+    ),
+    Option(("-r", "--repetitions"), "runs of each test; default 5", whole(1), "R", default=5),
+    Option(
+        ("--random-weights",), "a catalogue model's geometry filled with random weights",
+        truth, default=False,
+    ),
+    Option(
+        ("--dtype",), "storage of random weights: f16, q8_0 or q4_0; default f16",
+        choice("f16", "q8_0", "q4_0"), "TYPE",
+    ),
+    *LOADING[:3], JSON, TRACE,
+)  # fmt: skip
+INSPECT = (
+    Option(("--plan",), "print what will run, in order", truth, default=False),
+    Option(("--ops",), "only the table of operators", truth, default=False),
+    LOADING[-1], JSON,
+)  # fmt: skip
+YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command: where its function is (`module:function` in onnxstream_nb), its flags, whether
+    it takes MODEL (`required`, `optional` or not at all)."""
+
+    run: str
+    help: str
+    options: tuple[Option, ...] = ()
+    model: str = ""
+
+
+VERBS: Mapping[str, Verb] = {
+    "chat": Verb("cli.commands:chat", "talk with a model", CHAT, "optional"),
+    "generate": Verb("cli.commands:generate", "complete one prompt", GENERATE, "required"),
+    "bench": Verb("measure:bench", "measure tokens per second", BENCH, "required"),
+    "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "pull": Verb("cli.commands:pull", "download a model", (), "required"),
+    "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
+    "show": Verb("cli.report:show", "what is known about a model", (JSON,), "required"),
+    "rm": Verb("cli.commands:remove", "delete a downloaded model", (YES,), "required"),
+    "doctor": Verb("cli.doctor:doctor", "check this machine and this installation", (JSON,)),
+}
