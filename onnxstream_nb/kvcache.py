@@ -121,7 +121,8 @@ class KVCache:
         readers = graph.consumers()
         self.slots: dict[str, KVSlot | ArraySlot] = {}
         for pair in pairs:
-            fused = all(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
+            # Others that read it (Shape, for the positions) get its shape, or an array.
+            fused = any(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
             value = inputs[pair.past_input]
             self.slots[pair.past_input] = _kv_slot(value, pair) if fused else _array_slot(value)
 

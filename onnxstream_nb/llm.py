@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import KVCache, bytes_per_position
 from .session import Progress, Session, decode_constant, load_graph
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 DEFAULT_CONTEXT = 4096  # for models that do not say
@@ -86,7 +88,7 @@ class LanguageModel:
         """Bytes that the cache of keys and values takes now."""
         return self._cache.nbytes
 
-    def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Any:
+    def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
 
         Raises UsageError when they do not fit the context, Interrupted when `stop` is set
@@ -99,12 +101,11 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
-        logits: Any = None
         for start in range(0, len(ids), CHUNK):
             logits = self._pass(list(ids[start : start + CHUNK]), stop)
         return logits
 
-    def _pass(self, ids: list[int], stop: threading.Event | None) -> Any:
+    def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:
         past = len(self.tokens)
         feeds: dict[str, Any] = dict(self._cache.slots)
         for value in self._inputs:
@@ -115,10 +116,8 @@ class LanguageModel:
             self._cache.length = past  # layers that had appended forget it again
             raise
         self.tokens += ids
-        return np.asarray(result[self._logits.name], np.float32).reshape(-1, self._width(result))[-1]
-
-    def _width(self, result: dict[str, Any]) -> int:
-        return int(result[self._logits.name].shape[-1])
+        logits = np.asarray(result[self._logits.name], np.float32)
+        return cast(Logits, logits.reshape(-1, logits.shape[-1])[-1])
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

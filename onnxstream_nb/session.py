@@ -90,7 +90,6 @@ class Session:
         self.provider: WeightsProvider = choose_provider(self.plan, load, ram, reserve)
         self._lock = threading.Lock()
         self._replay: Replay | None = None
-        self._last_shapes: object = None
         self._decode = internal("Decode")
         self._set_threads = internal("Threads")
 
@@ -135,7 +134,7 @@ class Session:
     ) -> dict[str, Any] | None:
         """The values after a replay of one token's tables, or None when it is not for these feeds.
 
-        Two runs of the same small shapes over a cache, and the next one is recorded.
+        The first run for one token over a cache is recorded, and so is one after the cache moved.
         """
         if trace.current() is not None or not getattr(self.provider, "in_place", False):
             return None
@@ -143,9 +142,7 @@ class Session:
             if self._replay.run(feeds, stop):
                 return self._replay.values
             self._replay = None
-        shapes = _token_shapes(feeds)
-        repeated, self._last_shapes = shapes == self._last_shapes, shapes
-        if shapes is None or not repeated:
+        if not _is_token(feeds):
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
@@ -210,12 +207,10 @@ class Session:
         self.close()
 
 
-def _token_shapes(feeds: Mapping[str, Any]) -> object:
-    """The shapes of feeds that hold one token beside a cache; None for anything else."""
-    arrays = {name: f for name, f in feeds.items() if isinstance(f, np.ndarray)}
-    if len(arrays) == len(feeds) or any(f.size != 1 for f in arrays.values()):
-        return None
-    return {name: f.shape for name, f in arrays.items()}
+def _is_token(feeds: Mapping[str, Any]) -> bool:
+    """Whether the feeds hold one token beside a cache."""
+    arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
+    return len(arrays) < len(feeds) and all(f.size == 1 for f in arrays)
 
 
 def _cores() -> int:

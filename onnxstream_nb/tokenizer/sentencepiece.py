@@ -182,7 +182,7 @@ def _model_proto() -> Any:
 
     The field numbers are sentencepiece_model.proto's. The package's own generated module is not
     used: it loads only with protobuf of at least the version that generated it."""
-    from google.protobuf import (  # type: ignore[import-untyped]
+    from google.protobuf import (
         descriptor_pb2,
         descriptor_pool,
         message_factory,

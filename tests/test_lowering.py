@@ -1,0 +1,99 @@
+"""A token replayed as tables must be the token run operator by operator.
+
+Not to the last bit: operator by operator, small arrays are NumPy's, whose activation functions
+round differently.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_fixtures import write_gguf
+from llama_oracle import Tiny
+
+from onnxstream_nb.errors import Interrupted
+from onnxstream_nb.llm import LanguageModel
+
+IDS = [3, 17, 5, 40, 2, 9, 11]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("lowering") / "tiny.gguf"
+    write_gguf(file, Tiny(context=1024), "Q8_0")
+    return file
+
+
+def same(mine: np.ndarray, reference: np.ndarray) -> None:
+    np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+
+
+def replaying(path: Path, threads: int = 1) -> LanguageModel:
+    return LanguageModel(path, load="mmap", threads=threads)
+
+
+def plain(path: Path, threads: int = 1) -> LanguageModel:
+    return LanguageModel(path, load="stream", threads=threads)  # never recorded
+
+
+def tokens(model: LanguageModel, count: int) -> list[np.ndarray]:
+    model.feed(IDS)
+    return [model.feed([1 + i % 50]).copy() for i in range(count)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_replayed_tokens_equal_plain_ones_while_the_cache_grows(path: Path, threads: int) -> None:
+    fast, slow = replaying(path, threads), plain(path, threads)
+    count = 300  # beyond the first capacity: the tables are recorded anew
+    for mine, reference in zip(tokens(fast, count), tokens(slow, count), strict=True):
+        same(mine, reference)
+    assert fast.session._replay is not None
+    assert slow.session._replay is None
+
+
+def test_replay_goes_on_after_rewinding_and_after_a_longer_pass(path: Path) -> None:
+    fast, slow = replaying(path), plain(path)
+    for model in (fast, slow):
+        tokens(model, 5)
+        model.rewind(8)
+        model.feed([4, 5, 6])
+    same(fast.feed([7]), slow.feed([7]))
+    assert fast.tokens == slow.tokens
+    for model in (fast, slow):
+        model.rewind(2)
+    same(fast.feed([8]), slow.feed([8]))
+
+
+def test_logits_of_a_replay_are_not_overwritten_by_the_next(path: Path) -> None:
+    model = replaying(path)
+    model.feed(IDS)
+    model.feed([1])
+    first = model.feed([2])
+    kept = first.copy()
+    model.feed([3])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_a_stopped_replay_leaves_the_cache_as_it_was(path: Path) -> None:
+    model, reference = replaying(path), plain(path)
+    for each in (model, reference):
+        tokens(each, 3)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Interrupted):
+        model.feed([9], stop)
+    assert len(model.tokens) == model._cache.length == len(IDS) + 3
+    same(model.feed([9]), reference.feed([9]))
+
+
+def test_two_models_replay_in_turns(path: Path) -> None:
+    one, two, reference = replaying(path), replaying(path), plain(path)
+    for model in (one, two, reference):
+        model.feed(IDS)
+    for i in range(4):
+        expected = reference.feed([i])
+        same(one.feed([i]), expected)
+        same(two.feed([i]), expected)
