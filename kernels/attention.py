@@ -26,7 +26,7 @@ def _heads(x, heads):
                 f"Attention: {x.shape[2]} columns do not split into {heads} heads; "
                 "q_num_heads and kv_num_heads are needed for 3-D inputs"
             )
-        x = x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(0, 2, 1, 3)
+        x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
     x = x if x.dtype == np.float32 else x.astype(np.float32)
     return x if x.strides[3] == 4 else np.ascontiguousarray(x)
 
@@ -124,7 +124,6 @@ def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
     count = before + k.shape[2]
     append = _append(k, v, past_key, past_value)
     options = HALF | (CAUSAL | before << 2 if is_causal else 0)
-    mask = None if mask is None else _additive(mask, count)
     capacity, padded = past_key.capacity, past_value.padded
     d, heads = q.shape[3], k.shape[1]
     k_strides = (0, 2 * d * capacity, 2 * capacity, heads)
@@ -162,7 +161,7 @@ def _scores(q, k, mask, scale, softcap, mode):
     capped = raw if softcap <= 0 else np.tanh(raw / softcap) * np.float32(softcap)
     biased = capped if mask is None else capped + mask
     if mode < 3:
-        return (raw, biased, capped)[mode] if mode else raw
+        return (raw, capped, biased)[mode]
     top = biased.max(axis=-1, keepdims=True)
     weights = np.exp(biased - np.where(np.isneginf(top), 0, top))
     total = weights.sum(axis=-1, keepdims=True)
@@ -213,30 +212,34 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     dtype, flat = q.dtype, q.ndim == 3
     q, k, v = _heads(q, q_heads), _heads(k, kv_heads), _heads(v, kv_heads)
     scale = scale or 1 / math.sqrt(q.shape[3])
-    slots = past_key is not None and not isinstance(past_key, np.ndarray)
-    if slots and lengths is None and left < 0 and right < 0 and n_outputs <= 3:
+    before = 0 if past_key is None else past_key.shape[2]
+    count = before + k.shape[2]
+    mask = None if mask is None else _additive(mask, count)
+    if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
+        first = before if lengths is None else np.asarray(lengths) - q.shape[2]
+        limits = _limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
+        mask, is_causal = limits if mask is None else mask + limits, 0
+    if past_key is not None and not isinstance(past_key, np.ndarray):
         y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
-        past_key.length = past_value.length = past_key.length + k.shape[2]
-        present_key, present_value, scores = past_key, past_value, None
+        past_key.length = past_value.length = count
+        present_key, present_value = past_key, past_value
     else:
-        before = 0 if past_key is None else past_key.shape[2]
         if past_key is not None:
             k = np.concatenate([np.asarray(past_key, np.float32), k], axis=2)
             v = np.concatenate([np.asarray(past_value, np.float32), v], axis=2)
-        count = k.shape[2]
-        mask = None if mask is None else _additive(mask, count)
-        if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
-            before = before if lengths is None else np.asarray(lengths) - q.shape[2]
-            limits = _limits(len(q), q.shape[2], count, before, is_causal, lengths, left, right)
-            mask, is_causal = limits if mask is None else mask + limits, 0
         options = CAUSAL | before << 2 if is_causal else 0
         keys, values = _padded_keys(k), _padded_values(v)
         strides = (*keys.strides[:3], keys.shape[1])
         y = _rows(q, keys.ctypes.data, strides, values.ctypes.data, values.strides[:3], count,
                   v.shape[3], mask, scale, softcap, options).run()  # fmt: skip
         present_key, present_value = k.astype(dtype, copy=False), v.astype(dtype, copy=False)
-        scores = _scores(q, k, mask, scale, softcap, mode) if n_outputs > 3 else None
-    y = y.reshape(*y.shape[:2], -1) if flat else np.ascontiguousarray(y.transpose(0, 2, 1, 3))
-    outputs = (y.astype(dtype, copy=False), present_key, present_value,
-               None if scores is None else scores.astype(dtype, copy=False))  # fmt: skip
+    scores = None
+    if n_outputs > 3:
+        keys = np.asarray(present_key, np.float32)
+        scores = _scores(q, keys, mask, scale, softcap, mode).astype(dtype, copy=False)
+    if flat:
+        y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
+    else:
+        y = np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+    outputs = (y.astype(dtype, copy=False), present_key, present_value, scores)
     return outputs[0] if n_outputs == 1 else outputs[:n_outputs]

@@ -72,9 +72,9 @@ class _Children:
     def _feed(self):
         root = str(Path(__file__).resolve().parent.parent)
         above = str(Path(root).parent)
-        code = _CHILD.format(paths=[p for p in (root, above) if (Path(p) / "onnxstream_nb").is_dir()])
+        paths = [p for p in (root, above) if (Path(p) / "onnxstream_nb").is_dir()]
         child = subprocess.Popen(
-            [sys.executable, "-c", code], text=True,
+            [sys.executable, "-c", _CHILD.format(paths=paths)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the parent, which ends the children
         )  # fmt: skip

@@ -24,8 +24,8 @@ def decode_row(token, row, out, k0, k1):
 @jit
 def decode(token, args, thread, threads):
     """args: weights (V, K), bytes a row, out (N, K), N, K, ids (N,) int64 or 0 for all rows."""
-    weights, stride, out, n, k = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
-    ids = arg(args, 5)
+    weights, stride, out = arg(args, 0), arg(args, 1), arg(args, 2)
+    n, k, ids = arg(args, 3), arg(args, 4), arg(args, 5)
     start, stop = share(n, 1, thread, threads)
     for i in range(start, stop):
         row = peek_i64(ids + 8 * i) if ids else i

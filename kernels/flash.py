@@ -61,8 +61,8 @@ def pack_queries(args, batch, head, first, rows, out):
     total, scale = arg(args, QUERIES) * group, np.float32(arg_float(arg(args, SCALES), 0))
     for i in range(rows):
         row = first + i
-        where = arg(args, Q) + arg(args, Q_BATCH) * batch
-        where += arg(args, Q_HEAD) * (head * group + row % group) + arg(args, Q_TOKEN) * (row // group)
+        where = arg(args, Q) + arg(args, Q_BATCH) * batch + arg(args, Q_TOKEN) * (row // group)
+        where += arg(args, Q_HEAD) * (head * group + row % group)
         for d in range(size):
             value = peek_f32(where + 4 * d) * scale if row < total else np.float32(0)
             poke_f32(out + 4 * (rows * d + i), value)
@@ -158,8 +158,8 @@ def finish(args, batch, head, first, rows, result, width, total):
     group, size = arg(args, GROUP), arg(args, VALUE_SIZE)
     for i in range(min(rows, arg(args, QUERIES) * group - first)):
         row = first + i
-        out = arg(args, Y) + arg(args, Y_BATCH) * batch
-        out += arg(args, Y_HEAD) * (head * group + row % group) + arg(args, Y_TOKEN) * (row // group)
+        out = arg(args, Y) + arg(args, Y_BATCH) * batch + arg(args, Y_TOKEN) * (row // group)
+        out += arg(args, Y_HEAD) * (head * group + row % group)
         whole = peek_f32(total + 4 * i)
         divisor = splat(whole if whole > 0 else np.float32(1))
         for e in range(0, size, 16):

@@ -1,7 +1,7 @@
 """Matrix times vector: y = W x, for every encoding and both storage orders.
 
 Dims: N outputs, K inputs. Row order (`rows`): W is stored (N, K), as GGUF and safetensors hold it.
-Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. x (K,) and y (N,) are float32.
+Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. x (K,), y (N,) are float32.
 Each weight is read once; the threads own contiguous ranges of outputs.
 """
 

@@ -134,7 +134,7 @@ class Kernel(ccallback.CFunc):
         self.name = function.__name__
         self.__doc__ = function.__doc__
         if not JIT:
-            self._pyfunc, self._wrapper_address = function, None
+            self._pyfunc, self._wrapper_address = function, 0
             return
         options = {"error_model": "numpy"}
         super().__init__(function, (SIGNATURE, types.void), locals={}, options=options)
@@ -213,4 +213,3 @@ def share(n, align, thread, threads):
     start = blocks * thread // threads * align
     stop = blocks * (thread + 1) // threads * align
     return min(n, start), min(n, stop)
-

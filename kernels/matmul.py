@@ -3,6 +3,8 @@
 Dims: M rows, K common, N columns; leading dims broadcast as NumPy's.
 """
 
+import math
+
 import numpy as np
 
 from ..registry import kernels, op
@@ -67,6 +69,12 @@ def lower_matmul(a, b):
     return Rows((out,), todo, keep=(a, b))
 
 
+def _rows(a):
+    """(..., M, K) -> (M, K), contiguous float32."""
+    rows = math.prod(a.shape[:-1])  # not -1, which means nothing when K is 0
+    return np.ascontiguousarray(a, np.float32).reshape(rows, a.shape[-1])
+
+
 def _is_float(dtype):
     return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
 
@@ -75,12 +83,12 @@ def _is_float(dtype):
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
     if not isinstance(b, np.ndarray):
-        x = np.ascontiguousarray(a, np.float32).reshape(-1, a.shape[-1])
+        x = _rows(a)
         return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
     if not _is_float(a.dtype):
         return np.matmul(a, b)
     if b.ndim == 2 and a.ndim >= 2:
-        x = np.ascontiguousarray(a, np.float32).reshape(-1, a.shape[-1])
+        x = _rows(a)
         return product(x, Matrix(b)).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
     left = a.reshape(1, -1) if a.ndim == 1 else a
     right = b.reshape(-1, 1) if b.ndim == 1 else b

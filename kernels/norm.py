@@ -83,11 +83,10 @@ def layer_norm(args, thread, threads):
 
 def _rows(x, axis, *parameters):
     """x as contiguous float32 (M, N) over the axes from `axis` on, the parameters as (N,)."""
-    shape = x.shape[axis % x.ndim :]
-    rows = np.ascontiguousarray(x, np.float32).reshape(-1, math.prod(shape))
-    flat = [None if p is None else np.ascontiguousarray(np.broadcast_to(p, shape), np.float32)
-            for p in parameters]  # fmt: skip
-    return rows, *flat
+    lead, shape = x.shape[: axis % x.ndim], x.shape[axis % x.ndim :]
+    rows = np.ascontiguousarray(x, np.float32).reshape(math.prod(lead), math.prod(shape))
+    wide = [None if p is None else np.broadcast_to(p, shape).reshape(-1) for p in parameters]
+    return rows, *[None if p is None else np.ascontiguousarray(p, np.float32) for p in wide]
 
 
 def lower_rms(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):

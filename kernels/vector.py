@@ -76,9 +76,7 @@ def load_bf16(b, p):
 
 
 def _padded_bfloat(p, n):
-    lanes = np.zeros(LANES, np.float32)
-    lanes[:n] = widen_bfloat(read_memory(p, np.uint16, n))
-    return lanes
+    return widen_bfloat(read_padded(p, np.uint16, n).astype(np.uint16))
 
 
 @primitive(f32x16, address, i64, twin=_padded_bfloat)
@@ -295,7 +293,8 @@ def choose_n(b, p, x, y, n):
 
 def _twin_exp(x):
     with np.errstate(under="ignore"):
-        return np.where(x < -87.33654, np.float32(0), np.exp(np.minimum(x, np.float32(88.02969))))
+        value = np.exp(np.minimum(x, np.float32(88.02969)), dtype=np.float64)
+        return np.where(x < -87.33654, 0, value).astype(np.float32)
 
 
 @primitive(f32x16, f32x16, twin=_twin_exp)

@@ -22,7 +22,7 @@ DTYPES: Mapping[int, str] = MappingProxyType({
     14: "complex64", 15: "complex128", 16: "bfloat16", 17: "float8e4m3fn", 18: "float8e4m3fnuz",
     19: "float8e5m2", 20: "float8e5m2fnuz", 21: "uint4", 22: "int4", 23: "float4e2m1",
     24: "float8e8m0", 25: "uint2", 26: "int2",
-})
+})  # fmt: skip
 """onnx.TensorProto.DataType number -> the element type's name as used throughout this package."""
 
 
@@ -43,7 +43,7 @@ ENCODINGS: Mapping[str, Encoding] = MappingProxyType({
         Encoding("q8_0", 32, 34), Encoding("q4_0", 32, 18), Encoding("q4_1", 32, 20),
         Encoding("q4_k", 256, 144), Encoding("q5_k", 256, 176), Encoding("q6_k", 256, 210),
     )
-})
+})  # fmt: skip
 """The encodings of a logically float weight. Blocks run along the last stored axis."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from . import passes
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import KVCache, bytes_per_position
+from .kvcache import ArraySlot, KVCache, bytes_per_position
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -60,6 +60,12 @@ class LanguageModel:
             reserve=positions * bytes_per_position(self.graph, pairs), progress=progress,
         )  # fmt: skip
         self._cache = KVCache(self.graph, pairs)
+        # Only Attention appends to its slots; a present computed otherwise is carried over here.
+        self._carried = {
+            slot: p.present_output
+            for p in pairs
+            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
+        }
         self._inputs = [v for v in graph.inputs if v.name not in self._cache.slots]
         presents = {p.present_output for p in pairs}
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
@@ -94,7 +100,7 @@ class LanguageModel:
         Raises UsageError when they do not fit the context, Interrupted when `stop` is set
         meanwhile; `tokens` then says how far it came.
         """
-        if not ids:
+        if len(ids) == 0:
             raise UsageError("feed needs at least one id")
         if len(self.tokens) + len(ids) > self.context:
             raise UsageError(
@@ -102,7 +108,7 @@ class LanguageModel:
                 "raise --context or shorten the prompt"
             )
         for start in range(0, len(ids), CHUNK):
-            logits = self._pass(list(ids[start : start + CHUNK]), stop)
+            logits = self._pass([int(i) for i in ids[start : start + CHUNK]], stop)
         return logits
 
     def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:
@@ -111,11 +117,14 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past)
         try:
-            result = self.session.run(feeds, [self._logits.name], stop=stop)
+            wanted = [self._logits.name, *self._carried.values()]
+            result = self.session.run(feeds, wanted, stop=stop)
         except BaseException:
             self._cache.length = past  # layers that had appended forget it again
             raise
         self.tokens += ids
+        for slot, present in self._carried.items():
+            slot.append(np.split(result[present], [past], slot.axis)[1])
         logits = np.asarray(result[self._logits.name], np.float32)
         return cast(Logits, logits.reshape(-1, logits.shape[-1])[-1])
 

@@ -29,7 +29,9 @@ def choose_provider(plan: Plan, load: str, ram: int | None, reserve: int) -> Wei
         raise UsageError(f"load must be one of {', '.join(KINDS)}, not {load!r}")
     if ram is not None:
         if load == "mmap":
-            raise UsageError("a budget (--ram) cannot be kept with --load mmap; leave one of them out")
+            raise UsageError(
+                "--ram: a budget cannot be kept with --load mmap; leave one of them out"
+            )
         return _budget(plan, ram, reserve)
     if load == "auto":
         free = int(device.memory_available() * (1 - MARGIN))

@@ -150,9 +150,7 @@ class Session:
         self._replay = replay if replay.lowered else None
         return values
 
-    def _walk(
-        self, values: dict[str, Any], keep: set[str], stop: threading.Event | None
-    ) -> None:
+    def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:
         recording = trace.current()
         for step in self.plan.steps:
             if stop is not None and stop.is_set():
@@ -187,8 +185,8 @@ class Session:
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):
             return value
-        # What a replay computes is overwritten by the next one; a view of a constant is read-only.
-        return value.copy() if self._replay or not value.flags.writeable else value
+        # A replay overwrites what it computed; a view may look at a feed or a constant.
+        return value.copy() if self._replay or value.base is not None else value
 
     def describe(self) -> str:
         """The plan as text: one line a step."""
@@ -208,9 +206,11 @@ class Session:
 
 
 def _is_token(feeds: Mapping[str, Any]) -> bool:
-    """Whether the feeds hold one token beside a cache."""
+    """Whether the feeds hold one token beside a cache that kernels append to."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
-    return len(arrays) < len(feeds) and all(f.size == 1 for f in arrays)
+    slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
+    in_place = bool(slots) and all(hasattr(slot, "address") for slot in slots)
+    return in_place and all(f.size == 1 for f in arrays)
 
 
 def _cores() -> int:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .errors import ModelError
+from .errors import ModelError, UnsupportedError
 from .graph import ENCODINGS, WeightRef
 
 
@@ -79,13 +79,19 @@ class Weight:
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of an element type's name; ml_dtypes gives those that NumPy lacks."""
+    """The NumPy type of an element type's name; ml_dtypes gives those that NumPy lacks.
+
+    Raises UnsupportedError for what has no elements of one type, such as a sequence.
+    """
     try:
         return np.dtype(name)
     except TypeError:
         import ml_dtypes
 
-        known = getattr(ml_dtypes, name.replace("float8", "float8_"))
+        spelled = name.replace("float8", "float8_").replace("float4e2m1", "float4_e2m1fn")
+        known = getattr(ml_dtypes, spelled.replace("e8m0", "e8m0fnu"), None)
+        if known is None:
+            raise UnsupportedError(f"elements of type {name!r} are not supported") from None
         return cast("np.dtype[Any]", np.dtype(known))
 
 

@@ -1,0 +1,66 @@
+"""QuantizeLinear and DequantizeLinear: integers (or float8) with a scale and a zero point.
+
+Dims: x (...); scale and zero point are () for the whole tensor, (C,) along an axis of size C, or
+of x's shape with the axis divided into blocks.
+"""
+
+import numpy as np
+
+from ..registry import op
+from .cast import convert
+from .dtypes import numpy_dtype
+
+
+def spread(values, x, axis, block_size):
+    """A scale or zero point in a shape that broadcasts to x's."""
+    if values.size == 1 and values.ndim <= 1:
+        return values.reshape(())
+    if values.ndim == 1:
+        return values.reshape([-1 if a == axis % x.ndim else 1 for a in range(x.ndim)])
+    repeated = np.repeat(values, block_size, axis)
+    return repeated.take(np.arange(x.shape[axis]), axis)
+
+
+def _bounds(dtype):
+    if dtype.kind in "iu":
+        return np.iinfo(dtype)
+    import ml_dtypes
+
+    return ml_dtypes.iinfo(dtype)
+
+
+@op("DequantizeLinear", since=10)
+def dequantize_linear(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, output_dtype=0):
+    """x (...), scale, zero point -> (...): (x - zero point) scale, in the scale's type."""
+    y = x.astype(np.float32)
+    if x_zero_point is not None:
+        y = y - spread(x_zero_point, x, axis, block_size).astype(np.float32)
+    y = y * spread(x_scale, x, axis, block_size).astype(np.float32)
+    return np.asarray(y).astype(numpy_dtype(output_dtype) if output_dtype else x_scale.dtype)
+
+
+@op("QuantizeLinear", since=10)
+def quantize_linear(
+    x, y_scale, y_zero_point=None, *, axis=1, block_size=0, output_dtype=0, precision=0, saturate=1
+):
+    """x (...), scale, zero point -> (...): x / scale, rounded to even, + zero point, in range."""
+    dtype = numpy_dtype(output_dtype) if output_dtype else np.dtype(np.uint8)
+    dtype = dtype if y_zero_point is None else y_zero_point.dtype
+    wide = numpy_dtype(precision) if precision else np.dtype(np.float32)
+    y = x.astype(wide) / spread(y_scale, x, axis, block_size).astype(wide)
+    zero = 0 if y_zero_point is None else spread(y_zero_point, x, axis, block_size)
+    if dtype.name.startswith("float"):
+        return convert(np.asarray(y), dtype, saturate)
+    y = np.rint(y.astype(np.float64)) + np.asarray(zero, np.float64)
+    bounds = _bounds(dtype)
+    return np.asarray(np.clip(y, int(bounds.min), int(bounds.max))).astype(np.int64).astype(dtype)
+
+
+@op("DynamicQuantizeLinear", since=11)
+def dynamic_quantize_linear(x):
+    """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0."""
+    least, most = min(np.float32(0), x.min()), max(np.float32(0), x.max())
+    scale = np.asarray((most - least) / np.float32(255), np.float32)
+    zero = np.float32(0) if scale == 0 else np.clip(np.rint(-least / scale), 0, 255)
+    zero = np.asarray(zero).astype(np.uint8)
+    return quantize_linear(x, scale, zero), scale, zero

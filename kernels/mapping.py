@@ -1,0 +1,99 @@
+"""Running kernels on arrays: at once, or as rows of a table.
+
+Dims: any shape (...); R rows of C columns, over which an operand may be broadcast.
+"""
+
+import numpy as np
+
+from .jit import float_bits
+from .lowered import Rows, plain
+from .simd import JIT
+from .threads import team
+
+SMALL, LARGE = 1 << 13, 1 << 17
+"""Below this many elements NumPy is done before a kernel has been dispatched: for functions that
+take some computing, and for those that run at memory speed."""
+
+
+def launch(kernel, *values):
+    """Run one kernel on the thread team."""
+    if JIT:
+        team().run([(kernel, *values)])
+    else:
+        with np.errstate(all="ignore"):
+            team().run([(kernel, *values)])
+
+
+def evaluate(rows):
+    """The output of rows with a single call."""
+    launch(*rows.calls[0])
+    return rows.outputs[0]
+
+
+def unary_rows(kernel, x, parameter=0.0, dtype=np.float32):
+    """The call that computes x (any shape) -> the same shape, contiguous."""
+    x = np.ascontiguousarray(x).reshape(x.shape)
+    out = np.empty(x.shape, dtype)
+    call = (kernel, x.ctypes.data, out.ctypes.data, x.size, float_bits(parameter))
+    return Rows((out,), [call], serial=x.size < SMALL, keep=(x,))
+
+
+def map_unary(kernel, x, parameter=0.0, dtype=np.float32):
+    """x (any shape) -> the same shape."""
+    return evaluate(unary_rows(kernel, x, parameter, dtype))
+
+
+def layout(shape, shapes):
+    """R, C and for each of the broadcast `shapes` (elements between rows, varies), or None.
+
+    None says that the broadcast to `shape` is not of this form: two runs of axes, in each of
+    which every operand either varies along all axes or along none.
+    """
+    runs = []
+    for axis, size in enumerate(shape):
+        if size == 1:
+            continue
+        at = [axis - len(shape) + len(s) for s in shapes]
+        varies = tuple(i >= 0 and s[i] != 1 for i, s in zip(at, shapes, strict=True))
+        if runs and runs[-1][1] == varies:
+            runs[-1] = runs[-1][0] * size, varies
+        else:
+            runs.append((size, varies))
+    if len(runs) > 2:
+        return None
+    everywhere = (1, (False,) * len(shapes))
+    (rows, down), (columns, across) = ([everywhere, everywhere, *runs])[-2:]
+    steps = [(columns if a else 1) if d else 0 for d, a in zip(down, across, strict=True)]
+    return rows, columns, list(zip(steps, map(int, across), strict=True))
+
+
+def broadcast_rows(kernel, *operands):
+    """The call that computes broadcast operands; None when NumPy must do it."""
+    if not all(o.flags.c_contiguous for o in operands):
+        return None
+    shape = np.broadcast_shapes(*(o.shape for o in operands))
+    form = layout(shape, [o.shape for o in operands])
+    if form is None:
+        return None
+    rows, columns, steps = form
+    out = np.empty(shape, np.float32)
+    call = [kernel, out.ctypes.data, rows, columns]
+    for o, (step, varies) in zip(operands, steps, strict=True):
+        call += o.ctypes.data, step * o.itemsize, varies
+    return Rows((out,), [call], serial=out.size < SMALL, keep=operands)
+
+
+def map_broadcast(kernel, *operands):
+    """The broadcast result; None when NumPy must do it."""
+    rows = broadcast_rows(kernel, *operands)
+    return rows and evaluate(rows)
+
+
+def lower_unary(kernel):
+    """How an operator of one float32 array is lowered."""
+    return lambda x: unary_rows(kernel, x) if plain(x) else None
+
+
+def lower_binary(kernel):
+    """How an operator of two float32 arrays is lowered."""
+    return lambda a, b: broadcast_rows(kernel, a, b) if plain(a, b) else None

@@ -1,0 +1,45 @@
+"""Weights on their way to operators that want arrays: decoded whole, or a few rows of them.
+
+Dims: a weight's stored form is N rows of K elements; M rows are looked up.
+"""
+
+import numpy as np
+
+from ..registry import kernels, op
+from .mapping import launch
+
+USES = ("decode_{encoding}",)
+
+
+def is_plain(weight):
+    """Whether the stored elements are the logical ones."""
+    return weight.encoding == weight.ref.dtype
+
+
+def decode_rows(weight, ids=None):
+    """Rows ids (M,) int64 of a stored weight, or all of them -> (M, K) float32."""
+    stored = weight.ref.stored_shape
+    k = stored[-1] if stored else 1
+    n = int(np.prod(stored[:-1], dtype=np.int64)) if ids is None else ids.size
+    out = np.empty((n, k), np.float32)
+    if out.size == 0:
+        return out
+    where = 0 if ids is None else ids.ctypes.data
+    kernel = kernels()[f"decode_{weight.encoding}"]
+    launch(kernel, weight.address, weight.row_bytes, out.ctypes.data, n, k, where)
+    if weight.encoding == "uint8":
+        out -= np.float32(weight.zero_point)
+        out *= np.float32(weight.scale)
+    return out
+
+
+@op("Decode", domain="onnxstream_nb", native=("weight",), uses=USES)
+def decode(weight):
+    """A weight -> its logical array: a view of plain elements, float32 of encoded ones."""
+    if isinstance(weight, np.ndarray):
+        return weight
+    if is_plain(weight):
+        array = weight.stored()
+    else:
+        array = decode_rows(weight).reshape(weight.ref.stored_shape)
+    return array.swapaxes(-1, -2) if weight.transposed else array
