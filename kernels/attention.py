@@ -119,7 +119,7 @@ def _append(k, v, past_key, past_value):
 
 
 def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
-    """The calls for attention over a cache that grows in place; its length is the caller's."""
+    """The calls for attention over a cache that grows in place."""
     before = past_key.length
     count = before + k.shape[2]
     append = _append(k, v, past_key, past_value)
@@ -140,7 +140,7 @@ def lower_attention(
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
     n_outputs=1,
 ):  # fmt: skip
-    """One token, 3-D inputs, and a cache that has slots; its length stays as it is."""
+    """One token, 3-D inputs, and a cache that has slots."""
     slots = past_key is not None and not isinstance(past_key, np.ndarray)
     if not slots or attn_mask is not None or q.ndim != 3 or q.shape[:2] != (1, 1):
         return None
@@ -150,7 +150,8 @@ def lower_attention(
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
     rows = _cached(*heads, past_key, past_value, None, scale, softcap, is_causal)
     y = rows.outputs[0].reshape(1, 1, -1)
-    rows.outputs = (y, past_key, past_value)[:n_outputs]
+    presents = [slot.advanced(slot.length + 1) for slot in (past_key, past_value)]
+    rows.outputs = (y, *presents)[:n_outputs]
     return rows
 
 
@@ -185,7 +186,8 @@ def attention_23(
 ):  # fmt: skip
     """q, k, v as (B, heads, T, size) or (B, T, heads size) -> Y laid out as q, the cache, scores.
 
-    past_key and past_value are arrays (B, KV, P, size) or slots of a cache, which grow in place.
+    past_key and past_value are arrays (B, KV, P, size) or slots of a cache: then k and v are
+    written behind what the slots hold, and the presents are the same memory, longer by T.
     """
     return _attention(
         q, k, v, attn_mask, past_key, past_value, None, is_causal, kv_num_heads, q_num_heads,
@@ -221,8 +223,7 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
         mask, is_causal = limits if mask is None else mask + limits, 0
     if past_key is not None and not isinstance(past_key, np.ndarray):
         y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
-        past_key.length = past_value.length = count
-        present_key, present_value = past_key, past_value
+        present_key, present_value = past_key.advanced(count), past_value.advanced(count)
     else:
         if past_key is not None:
             k = np.concatenate([np.asarray(past_key, np.float32), k], axis=2)

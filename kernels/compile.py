@@ -73,11 +73,15 @@ class _Children:
         root = str(Path(__file__).resolve().parent.parent)
         above = str(Path(root).parent)
         paths = [p for p in (root, above) if (Path(p) / "onnxstream_nb").is_dir()]
-        child = subprocess.Popen(
-            [sys.executable, "-c", _CHILD.format(paths=paths)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which ends the children
-        )  # fmt: skip
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-c", _CHILD.format(paths=paths)], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends the children
+            )  # fmt: skip
+        except OSError as error:
+            self.events.put(("error", f"no child process: {error}"))
+            return
         self.processes.append(child)
         with child:
             while not self.queue.empty():

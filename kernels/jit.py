@@ -23,6 +23,7 @@ import llvmlite
 import numba
 from numba import types
 from numba.core import caching, ccallback
+from numba.core.compiler_lock import global_compiler_lock
 
 from ..registry import register_kernel
 from .simd import JIT
@@ -73,18 +74,22 @@ def cache_root():
     """The folder of compiled kernels, or None when no place can be written."""
     import platformdirs
 
-    candidates = [platformdirs.user_cache_path("onnxstream_nb") / "kernels",
-                  Path(tempfile.gettempdir()) / f"onnxstream_nb-{os.getuid()}" / "kernels"
-                  if hasattr(os, "getuid") else None]  # fmt: skip
+    candidates = [platformdirs.user_cache_path("onnxstream_nb") / "kernels"]
+    if hasattr(os, "getuid"):
+        candidates.append(Path(tempfile.gettempdir()) / f"onnxstream_nb-{os.getuid()}")
     if os.environ.get("ONNXSTREAM_CACHE"):
         candidates.insert(0, Path(os.environ["ONNXSTREAM_CACHE"]) / "kernels")
-    for folder in filter(None, candidates):
+    for folder in candidates:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             tempfile.TemporaryFile(dir=folder).close()
+            status = folder.stat()
         except OSError:
             continue
-        return folder
+        # Anybody can make a folder among the temporary ones, and fill it with machine code.
+        temporary = folder.parent == Path(tempfile.gettempdir())
+        if not temporary or (status.st_uid == os.getuid() and not status.st_mode & 0o022):
+            return folder
     return None
 
 
@@ -144,11 +149,16 @@ class Kernel(ccallback.CFunc):
     def loaded(self):
         return self._wrapper_address is not None or not JIT
 
+    @global_compiler_lock
     def load(self):
-        """Load the machine code from the disk cache; False when it is not there."""
+        """Load the machine code from the disk cache; False when it is not there, or damaged."""
         if not self.loaded:
             self.enable_caching()
-            result = self._cache.load_overload(self._sig, self._targetdescr.target_context)
+            try:
+                result = self._cache.load_overload(self._sig, self._targetdescr.target_context)
+            except Exception:  # bytes that are no pickle raise almost anything
+                self._cache.flush()
+                return False
             if result is None:
                 return False
             self._library = result.library
@@ -163,8 +173,10 @@ class Kernel(ccallback.CFunc):
 
     @property
     def address(self):
-        if not self.loaded and not self.load():
-            self.compile()
+        if not self.loaded:
+            with global_compiler_lock:
+                if not self.load():
+                    self.compile()
         return self._wrapper_address
 
     def __call__(self, args, thread=0, threads=1):

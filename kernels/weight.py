@@ -9,6 +9,7 @@ from ..registry import kernels, op
 from .mapping import launch
 
 USES = ("decode_{encoding}",)
+SMALL_BYTES = 65536
 
 
 def is_plain(weight):
@@ -40,6 +41,8 @@ def decode(weight):
         return weight
     if is_plain(weight):
         array = weight.stored()
+    elif weight.encoding in ("float16", "bfloat16") and weight.buffer.nbytes <= SMALL_BYTES:
+        array = weight.stored().astype(np.float32)  # not worth a kernel, nor compiling one
     else:
         array = decode_rows(weight).reshape(weight.ref.stored_shape)
     return array.swapaxes(-1, -2) if weight.transposed else array

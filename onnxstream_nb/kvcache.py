@@ -5,6 +5,7 @@ Dims: KV key/value heads, D their size, positions along the sequence. Batch size
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class KVSlot:
     """One layer's keys or values as Attention's kernels want them, in float16.
 
     Keys are stored transposed, (KV, D, capacity); values as (KV, capacity, D padded to 32).
-    `reserve` makes room; `length` is how many positions are filled, and may be set back.
+    `reserve` makes room; `length` is how many positions count, and may be set back. A run writes
+    behind it and leaves it alone: what it wrote counts when the caller says so.
     """
 
     def __init__(self, kind: str, heads: int, size: int) -> None:
@@ -46,6 +48,12 @@ class KVSlot:
     @property
     def nbytes(self) -> int:
         return int(self.array.nbytes)
+
+    def advanced(self, length: int) -> KVSlot:
+        """The same memory with `length` positions: a present beside its past."""
+        present = copy.copy(self)
+        present.length = length
+        return present
 
     def reserve(self, length: int) -> None:
         """Make room for `length` positions; what is there stays."""
@@ -133,7 +141,9 @@ class KVCache:
     @length.setter
     def length(self, length: int) -> None:
         for slot in self.slots.values():
-            slot.length = min(slot.length, length)
+            if length > slot.capacity:
+                raise ValueError(f"{length} positions are not in a cache of {slot.capacity}")
+            slot.length = length
 
     @property
     def nbytes(self) -> int:
@@ -141,14 +151,12 @@ class KVCache:
 
 
 def bytes_per_position(graph: Graph, pairs: Sequence[CachePair]) -> int:
-    """What one more position of context takes, in bytes, in float16."""
-    inputs = {v.name: v for v in graph.inputs}
+    """What one more position of context takes, in bytes: of the slots, with room to grow."""
     total = 0
-    for pair in pairs:
-        shape = inputs[pair.past_input].shape or ()
-        known = [n for n in shape if isinstance(n, int) and n > 0]
-        total += 2 * int(np.prod(known))
-    return total
+    for slot in KVCache(graph, pairs).slots.values():
+        slot.reserve(GROWTH)
+        total += slot.nbytes // slot.capacity
+    return total * 5 // 4
 
 
 def _kv_slot(value: Value, pair: CachePair) -> KVSlot:

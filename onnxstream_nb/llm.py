@@ -116,15 +116,12 @@ class LanguageModel:
         feeds: dict[str, Any] = dict(self._cache.slots)
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past)
-        try:
-            wanted = [self._logits.name, *self._carried.values()]
-            result = self.session.run(feeds, wanted, stop=stop)
-        except BaseException:
-            self._cache.length = past  # layers that had appended forget it again
-            raise
+        wanted = [self._logits.name, *self._carried.values()]
+        result = self.session.run(feeds, wanted, stop=stop)
         self.tokens += ids
         for slot, present in self._carried.items():
             slot.append(np.split(result[present], [past], slot.axis)[1])
+        self._cache.length = len(self.tokens)
         logits = np.asarray(result[self._logits.name], np.float32)
         return cast(Logits, logits.reshape(-1, logits.shape[-1])[-1])
 

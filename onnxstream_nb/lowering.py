@@ -55,6 +55,7 @@ class Replay:
         values: dict[str, Any],
         argument: Argument,
         make_table: Callable[[Iterable[Any]], Any],
+        stop: threading.Event | None = None,
     ) -> None:
         self.values = values
         self._argument = argument
@@ -66,6 +67,8 @@ class Replay:
         pending: list[Any] = []
         read = 0
         for step in plan.steps:
+            if stop is not None and stop.is_set():
+                raise Interrupted("the run was stopped")
             arguments = [argument(values, name, native) for name, native in step.inputs]
             rows = step.operator.lower and step.operator.lower(*arguments, **step.attributes)
             if rows is None:
@@ -84,7 +87,6 @@ class Replay:
                 read = 0
         self._close(pending)
         self._capacities = [slot.capacity for slot in self._slots]
-        self._advance(0)
 
     @property
     def lowered(self) -> bool:
@@ -96,13 +98,14 @@ class Replay:
             self._parts.append(self._make_table(list(pending)))
             pending.clear()
 
-    def _advance(self, offset: int) -> None:
-        for slot, base in zip(self._slots, self._base, strict=True):
-            slot.length = base + offset + 1
+    def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
+        """Whether these feeds have the recorded shapes and the cache its recorded place.
 
-    def fits(self, feeds: Mapping[str, Any]) -> bool:
-        """Whether these feeds have the recorded shapes and the cache its recorded place."""
+        The presents that were recorded are those of one position: whoever wants them runs plainly.
+        """
         if feeds.keys() != self._feeds.keys():
+            return False
+        if any(hasattr(self.values.get(name), "reserve") for name in wanted):
             return False
         for name, known in self._feeds.items():
             feed = feeds[name]
@@ -133,7 +136,6 @@ class Replay:
                     return False
             else:
                 part.run(offset)
-        self._advance(offset)
         return True
 
 

@@ -89,6 +89,7 @@ class Session:
         internal("PrepareKernels")(self.plan.kernels, _cores(), progress)
         self.provider: WeightsProvider = choose_provider(self.plan, load, ram, reserve)
         self._lock = threading.Lock()
+        self._closed = False
         self._replay: Replay | None = None
         self._decode = internal("Decode")
         self._set_threads = internal("Threads")
@@ -112,7 +113,8 @@ class Session:
     ) -> dict[str, Any]:
         """Run the graph on arrays by input name; the named outputs (all of them by default).
 
-        A feed may be a slot of a cache: then the operator that appends to it does so in place.
+        A feed may be a slot of a cache: then what is new is written behind what it holds, and its
+        present is the same memory, longer; the slot itself stays as long as it was.
         Raises ShapeError on a wrong feed, Interrupted when `stop` is set meanwhile.
         """
         wanted = [v.name for v in self.outputs] if outputs is None else list(outputs)
@@ -120,17 +122,19 @@ class Session:
         if unknown:
             raise UsageError(f"no such output: {', '.join(sorted(unknown))}")
         with self._lock:
+            if self._closed:
+                raise UsageError("this session is closed; open the model again")
             self._set_threads(self.threads)
             checked = _checked_feeds(self.inputs, feeds)
-            values = self._replayed(checked, stop)
+            self.provider.prefetch(self.plan.weights)
+            values = self._replayed(checked, wanted, stop)
             if values is None:
                 values = {**self.plan.constants, **checked}
-                self.provider.prefetch(self.plan.weights)
                 self._walk(values, set(wanted), stop)
             return {name: self._output(values, name) for name in wanted}
 
     def _replayed(
-        self, feeds: Mapping[str, Any], stop: threading.Event | None
+        self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
     ) -> dict[str, Any] | None:
         """The values after a replay of one token's tables, or None when it is not for these feeds.
 
@@ -138,7 +142,7 @@ class Session:
         """
         if trace.current() is not None or not getattr(self.provider, "in_place", False):
             return None
-        if self._replay is not None and self._replay.fits(feeds):
+        if self._replay is not None and self._replay.fits(feeds, wanted):
             if self._replay.run(feeds, stop):
                 return self._replay.values
             self._replay = None
@@ -146,7 +150,7 @@ class Session:
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
-        replay = Replay(self.plan, values, self._argument, internal("Table"))
+        replay = Replay(self.plan, values, self._argument, internal("Table"), stop)
         self._replay = replay if replay.lowered else None
         return values
 
@@ -185,18 +189,20 @@ class Session:
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):
             return value
-        # A replay overwrites what it computed; a view may look at a feed or a constant.
-        return value.copy() if self._replay or value.base is not None else value
+        # A replay overwrites what it computed; a view may look at a feed or a constant, and a
+        # constant itself is read-only: results are the caller's to change.
+        shared = self._replay or value.base is not None or not value.flags.writeable
+        return value.copy() if shared else value
 
     def describe(self) -> str:
         """The plan as text: one line a step."""
         return describe(self.plan)
 
     def close(self) -> None:
-        """Let go of files and memory."""
-        close = getattr(self.provider, "close", None)
-        if close is not None:
-            close()
+        """Let go of files and memory; running it afterwards is a UsageError."""
+        with self._lock:
+            self._closed, self._replay = True, None
+            getattr(self.provider, "close", lambda: None)()
 
     def __enter__(self) -> Session:
         return self

@@ -310,7 +310,10 @@ class MmapProvider:
         return np.frombuffer(mapped, np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: the kernel reads ahead by itself."""
+        """Nothing to read, but a look at the files: what is mapped may be used without `get`."""
+        for path, whole in self._maps.items():
+            if os.fstat(self._files.descriptor(path)).st_size < whole.nbytes:
+                raise ModelError(f"{path}: truncated since it was opened; fetch it again")
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: pages are the kernel's to drop."""
