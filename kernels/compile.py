@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import OnnxstreamError
@@ -96,6 +97,8 @@ class _Children:
                     answer = child.stdout.readline()
                 except BrokenPipeError:
                     answer = ""
+                    with suppress(BrokenPipeError):  # what was not written stays unwritten
+                        child.stdin.close()
                 if answer.strip() != name:
                     self.events.put(("error", f"{name}: {answer}{child.stderr.read()[-2000:]}"))
                     return

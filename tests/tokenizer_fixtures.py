@@ -12,8 +12,8 @@ from pathlib import Path
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from onnxstream_nb.gguf_vocabulary import from_metadata
 from onnxstream_nb.tokenizer import Tokenizer
+from onnxstream_nb.tokenizer.gguf import from_metadata
 
 FOLDER = Path(__file__).parent / "fixtures" / "tokenizers"
 LLAMA = FOLDER / "llama2.tokenizer.model"

@@ -1,0 +1,102 @@
+"""A small sample of every kind of kernel against the oracles. Run as a program by the tests of
+other targets and of uncompiled kernels, which a process has to choose before it imports numba."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import kernel_oracles as oracles  # noqa: E402
+from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
+from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
+from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization  # noqa: E402
+from onnxstream_nb.kernels.rope import rotary_embedding  # noqa: E402
+from onnxstream_nb.kernels.threads import set_threads, team  # noqa: E402
+
+from onnxstream_nb.kvcache import KVSlot  # noqa: E402
+from onnxstream_nb.registry import kernels  # noqa: E402
+
+RNG = np.random.default_rng(5)
+
+
+def normal(*shape: int) -> oracles.Array:
+    return RNG.standard_normal(shape, np.float32)  # type: ignore[no-any-return]
+
+
+def assert_close(got: oracles.Array, wanted: oracles.Array) -> None:
+    assert got.shape == wanted.shape
+    assert np.abs(got - wanted).max() <= 5e-6 * max(1, np.abs(wanted).max())
+
+
+def quant(encodings: tuple[str, ...]) -> None:
+    for encoding in encodings:
+        raw = oracles.random_blocks(encoding, 3, 256, RNG)
+        out = np.empty((3, 256), np.float32)
+        where = raw.ctypes.data, raw.shape[1], out.ctypes.data
+        team().run([(kernels()[f"decode_{encoding}"], *where, 3, 256, 0)])
+        assert np.array_equal(out, oracles.decoded(encoding, raw)), encoding
+
+
+def products(orders: tuple[tuple[str, bool], ...]) -> None:
+    for encoding, transposed in orders:
+        for k, n in ((32, 5), (96, 35)) if encoding in oracles.BLOCKED else ((1, 3), (77, 35)):
+            weight, dense = oracles.random_weight(encoding, k, n, RNG, transposed)
+            for m in (1, 2, 13):
+                x = normal(m, k)
+                oracles.assert_product(matmul(x, weight), x, dense, encoding)
+
+
+def attention(head_sizes: tuple[int, ...]) -> None:
+    for size in head_sizes:
+        q, k, v = normal(1, 3, 5, size), normal(1, 1, 5, size), normal(1, 1, 5, size)
+        mask = RNG.random((5, 5)) > 0.5
+        assert_close(attention_23(q, k, v, mask), oracles.attention(q, k, v, mask))
+        slots = [KVSlot("key", 1, size), KVSlot("value", 1, size)]
+        for t in range(0, 5, 4):
+            part = [x[:, :, t : t + 4] for x in (q, k, v)]
+            y, *slots = attention_23(*part, None, *slots, is_causal=1, n_outputs=3)
+            keys, values = np.asarray(slots[0]), np.asarray(slots[1])
+            assert np.array_equal(keys, k[:, :, : t + 4].astype(np.float16))
+            assert_close(y, oracles.attention(part[0], keys, values, causal=True, before=t))
+
+
+def norms() -> None:
+    x, scale, bias = normal(3, 45), normal(45), normal(45)
+    assert_close(rms_normalization(x, scale), oracles.rms_norm(x, scale, 1e-5))
+    y = layer_normalization(x, scale, bias)
+    assert_close(y, oracles.layer_norm(x, scale, bias, 1e-5))
+
+
+def rope() -> None:
+    x, turn = normal(1, 2, 3, 36), normal(1, 3, 18)
+    cos, sin = np.cos(turn), np.sin(turn)
+    for interleaved in (0, 1):
+        y = rotary_embedding(x, cos, sin, interleaved=interleaved)
+        assert_close(y, oracles.rotary(x, cos, sin, bool(interleaved)))
+
+
+FEW: dict[str, Callable[[], None]] = {
+    "products": lambda: products((("float16", True), ("q4_0", True))),
+    "attention": lambda: attention((33,)),
+}
+ALL: dict[str, Callable[[], None]] = {
+    "quant": lambda: quant(oracles.BLOCKED),
+    "products": lambda: products(
+        (("float16", True), ("q4_0", True), ("bfloat16", False), ("uint8", False))
+    ),
+    "attention": lambda: attention((16, 33)),
+    "norms": norms,
+    "rope": rope,
+}
+
+if __name__ == "__main__":
+    for threads in (1, 2):
+        set_threads(threads)
+        for name, check in (FEW if sys.argv[1:] == ["few"] else ALL).items():
+            check()
+            print(name, threads)

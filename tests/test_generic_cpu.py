@@ -1,0 +1,58 @@
+"""The same kernels compiled for other processors: AVX2 without AVX-512, and plain x86-64.
+
+numba compiles for the host unless NUMBA_CPU_NAME and NUMBA_CPU_FEATURES say otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import pytest
+
+HERE = Path(__file__).parent
+V3 = [
+    "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt", "cx16", "sahf", "avx", "avx2", "bmi", "bmi2",
+    "f16c", "fma", "lzcnt", "movbe", "xsave",
+]  # fmt: skip
+TARGETS = {
+    "x86-64-v3": [f"+{f}" for f in V3],
+    # No such processor: halves are decoded by integer arithmetic beside AVX2.
+    "haswell": [f"+{f}" for f in V3 if f != "f16c"] + ["-f16c"],
+    "x86-64": ["+sse2"],
+}
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="the targets are x86-64's"
+)
+
+
+def compiled_for(name: str, cache: Path, *command: str) -> str:
+    features, host = TARGETS[name], llvm.get_host_cpu_features()
+    if missing := [f for f in features if f[0] == "+" and not host.get(f[1:])]:
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *command], cwd=HERE.parent, text=True,
+        capture_output=True, timeout=240,
+        env={**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ",".join(features),
+             "ONNXSTREAM_CACHE": str(cache)},
+    )  # fmt: skip
+    assert done.returncode == 0, f"rc {done.returncode}\n" + (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64"])
+def test_products_and_attention(name: str, tmp_path: Path) -> None:
+    out = compiled_for(name, tmp_path, str(HERE / "kernel_sample.py"), "few")
+    assert out.splitlines() == ["products 1", "attention 1", "products 2", "attention 2"]
+
+
+@pytest.mark.parametrize("name", ["haswell", "x86-64"])
+def test_primitives(name: str, tmp_path: Path) -> None:
+    pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_vector.py"))
+    out = compiled_for(name, tmp_path, *pytest_run)
+    assert " passed" in out and "failed" not in out

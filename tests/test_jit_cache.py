@@ -1,0 +1,351 @@
+"""The disk cache of compiled kernels: its stamps, its places, and compiling in child processes."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import numpy as np
+import platformdirs
+import pytest
+from onnxstream_nb.kernels import compile as compiling
+from onnxstream_nb.kernels import jit
+from onnxstream_nb.kernels.jit import Kernel, arg
+from onnxstream_nb.kernels.vector import atomic_store
+
+from onnxstream_nb.errors import OnnxstreamError
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "kernels").glob("*.py"))
+
+
+def store_sum(args: int, thread: int, threads: int) -> None:
+    """args: a cell, two numbers: a kernel that no registry knows."""
+    atomic_store(arg(args, 0), arg(args, 1) + arg(args, 2))
+
+
+def assert_adds(kernel: Any) -> None:
+    cell = np.zeros(1, np.int64)
+    kernel(np.array([cell.ctypes.data, 40, 2], np.int64).ctypes.data)
+    assert cell[0] == 42
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for this process."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    monkeypatch.setattr(jit, "cache_root", lambda: folder)
+    monkeypatch.setattr(compiling, "cache_root", lambda: folder)
+    return folder
+
+
+# -- stamps ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the kernels' sources."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for path in SOURCES:
+        shutil.copy(path, folder)
+    yield folder
+    fresh()
+
+
+def fresh() -> None:
+    jit.stamp.cache_clear()
+    jit._imports.cache_clear()
+
+
+def stamp(path: Path) -> str:
+    fresh()
+    return str(jit.stamp(path))
+
+
+def edit(path: Path) -> None:
+    path.write_text(path.read_text("utf-8") + "\n# edited\n", "utf-8")
+
+
+@pytest.mark.parametrize("edited", ["gemv", "quant", "vector", "simd", "encoding", "jit"])
+def test_stamp_covers_a_kernel_s_file_and_all_it_imports(edited: str, copies: Path) -> None:
+    before = stamp(copies / "gemv.py")
+    edit(copies / f"{edited}.py")
+    assert stamp(copies / "gemv.py") != before
+
+
+def test_stamp_ignores_files_that_are_not_imported(copies: Path) -> None:
+    before = stamp(copies / "gemv.py")
+    for name in ("norm", "flash", "rope", "gemm", "compile"):
+        edit(copies / f"{name}.py")
+    assert stamp(copies / "gemv.py") == before
+
+
+def test_stamp_does_not_depend_on_the_folder(copies: Path) -> None:
+    assert stamp(copies / "flash.py") == stamp(ROOT / "kernels" / "flash.py")
+
+
+@pytest.mark.parametrize("library", [numba, llvmlite])
+def test_stamp_covers_the_compilers_versions(
+    library: Any, copies: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = stamp(copies / "gemv.py")
+    monkeypatch.setattr(library, "__version__", "99.9")
+    assert stamp(copies / "gemv.py") != before
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
+def test_every_import_of_a_kernel_file_is_seen(path: Path) -> None:
+    fresh()
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            imported |= {node.module} if node.module else {a.name for a in node.names}
+    assert {p.stem for p in jit._imports(path)[1]} == imported
+
+
+# -- the cache's files -------------------------------------------------------------------------
+
+
+def test_load_finds_only_what_was_compiled_in_this_form(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not Kernel(store_sum).load() and not list(root.rglob("*.nb?"))
+    assert_adds(Kernel(store_sum))
+    assert list(root.glob(f"test_jit_cache-{jit.stamp(Path(__file__))}/*.nbc"))
+    again = Kernel(store_sum)
+    assert not again.loaded and again.load() and again.loaded
+    assert_adds(again)
+    monkeypatch.setattr(jit, "stamp", lambda path: "0" * 16)
+    assert not Kernel(store_sum).load()
+
+
+@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
+@pytest.mark.parametrize("keep", [0, 150, "half"])
+def test_a_damaged_file_is_compiled_again(root: Path, suffix: str, keep: Any) -> None:
+    assert_adds(Kernel(store_sum))
+    (path,) = root.rglob(f"*{suffix}")
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 if keep == "half" else keep])
+    assert not Kernel(store_sum).load()
+    assert_adds(Kernel(store_sum))
+    assert Kernel(store_sum).load()
+
+
+def test_without_a_cache_kernels_are_compiled_every_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(jit, "cache_root", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    kernel = Kernel(store_sum)
+    assert not kernel.load()
+    assert_adds(kernel)
+    assert not Kernel(store_sum).load() and not list(tmp_path.rglob("*"))
+    jit.prune()
+
+
+def test_prepare_without_a_cache_compiles_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "cache_root", lambda: None)
+    monkeypatch.setattr(compiling, "cache_root", lambda: None)
+    entry = Kernel(store_sum)
+    monkeypatch.setattr(compiling, "kernels", lambda: {"store_sum": entry})
+    told: list[tuple[str, float]] = []
+    compiling.prepare(["store_sum"], 2, lambda text, done: told.append((text, done)))
+    assert told == [("compiling store_sum (1/1)", 0.0)] and entry.loaded
+    assert_adds(entry)
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Where the cache may go: the variable's folder, the user's cache, the temporary folder."""
+    found = {name: tmp_path / name for name in ("variable", "user", "temporary")}
+    monkeypatch.setenv("ONNXSTREAM_CACHE", str(found["variable"]))
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: found["user"] / name)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(found["temporary"]))
+    return found
+
+
+def block(path: Path) -> None:
+    """Put a file where a folder is wanted: nobody, root included, can write below it."""
+    path.write_text("not a folder")
+
+
+def test_cache_root_is_the_first_place_that_can_be_written(places: dict[str, Path]) -> None:
+    choose = jit.cache_root.__wrapped__
+    assert choose() == places["variable"] / "kernels" and choose().is_dir()
+    shutil.rmtree(places["variable"])
+    block(places["variable"])
+    assert choose() == places["user"] / "onnxstream_nb" / "kernels"
+    shutil.rmtree(places["user"])
+    block(places["user"])
+    if hasattr(os, "getuid"):
+        assert choose().is_relative_to(places["temporary"])
+        shutil.rmtree(places["temporary"])
+    block(places["temporary"])
+    assert choose() is None
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners of folders are POSIX")
+def test_a_temporary_folder_that_others_can_write_is_not_used(places: dict[str, Path]) -> None:
+    # Its machine code and pickles could be anybody's.
+    block(places["variable"])
+    block(places["user"])
+    planted = places["temporary"] / f"onnxstream_nb-{os.getuid()}"
+    planted.mkdir(parents=True)
+    for mode in (0o777, 0o770, 0o702):
+        planted.chmod(mode)
+        assert jit.cache_root.__wrapped__() is None
+    planted.chmod(0o700)
+    assert jit.cache_root.__wrapped__() == planted
+
+
+def test_prune_deletes_only_old_code_of_other_forms(root: Path) -> None:
+    current = root / f"gemv-{jit.stamp(ROOT / 'kernels' / 'gemv.py')}"
+    old, recent, gone = root / "gemv-0123456789abcdef", root / "gemv-fedcba", root / "absent-0123"
+    long_ago = time.time() - (jit.PRUNE_AFTER_DAYS + 1) * 86400
+    for folder in (current, old, recent, gone):
+        folder.mkdir()
+        (folder / "code.nbc").write_bytes(b"x")
+        if folder != recent:
+            os.utime(folder, (long_ago, long_ago))
+    jit.prune()
+    assert {p.name for p in root.iterdir()} == {current.name, recent.name}
+    assert (current / "code.nbc").exists()
+
+
+def test_python_threads_may_load_kernels_at_once() -> None:
+    compiling.prepare(LOADED, 2)
+    assert run_script(LOAD_AT_ONCE.format(names=LOADED), None).strip() == "[]"
+
+
+# -- compiling in children ---------------------------------------------------------------------
+
+PREPARE = """
+import json, sys
+from onnxstream_nb.kernels.compile import prepare
+from onnxstream_nb.registry import kernels
+names = ["rms_norm", "rotary", "gemm_pack", "rms_norm"]
+before = [kernels()[n].load() for n in names]
+told = []
+prepare(names, 2, lambda text, done: told.append((text, done)))
+after = [kernels()[n].loaded for n in names]
+print(json.dumps([before, told, after]))
+"""
+
+LOADED = [
+    "rms_norm", "layer_norm", "rotary", "gemm_pack", "cache_append", "team_lead", "team_member",
+    "attention", "decode_q8_0", "decode_float16", "gemv_rows_q8_0", "gemm_rows_q8_0",
+]  # fmt: skip
+LOAD_AT_ONCE = """
+import sys, threading
+from onnxstream_nb.registry import kernels
+entries = [kernels()[name] for name in {names}]
+gate, errors = threading.Barrier(8), []
+sys.setswitchinterval(1e-5)
+def load(first):
+    gate.wait()
+    try:
+        for entry in entries[first:] + entries[:first]:
+            assert entry.address
+    except Exception as error:
+        errors.append(error)
+threads = [threading.Thread(target=load, args=(i % 3,)) for i in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(errors)
+"""
+
+INTERRUPT = """
+import os, signal, sys, threading, time
+import psutil
+from onnxstream_nb.kernels.compile import prepare
+begun = []
+def progress(text, done):
+    if not begun:
+        begun.append(0.0)
+        def press():
+            begun[0] = time.monotonic()
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer({delay}, press).start()
+try:
+    prepare(["gemv_rows_q4_k", "gemm_rows_q4_k", "attention", "gemv_rows_q6_k"], 2, progress)
+except KeyboardInterrupt:
+    latency = time.monotonic() - begun[0]
+else:
+    sys.exit("not interrupted")
+children = psutil.Process().children(recursive=True)
+_, alive = psutil.wait_procs(children, timeout=5)
+print(latency, len(alive), threading.active_count() - 1)
+"""
+
+
+def run_script(code: str, cache: Path | None) -> str:
+    """What it prints; with an empty cache of its own, or with the one that is."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True, capture_output=True,
+        timeout=120, env={**os.environ, **({"ONNXSTREAM_CACHE": str(cache)} if cache else {})},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_missing_kernels_are_compiled_by_children(tmp_path: Path) -> None:
+    import json
+
+    before, told, after = json.loads(run_script(PREPARE, tmp_path))
+    assert before == [False] * 4 and after == [True] * 4
+    assert sorted(text.split()[1] for text, _ in told) == ["gemm_pack", "rms_norm", "rotary"]
+    assert all(text.startswith("compiling ") and 0 <= done < 1 for text, done in told)
+    assert [done for _, done in told] == sorted(done for _, done in told)
+    before, told, after = json.loads(run_script(PREPARE, tmp_path))
+    assert before == after == [True] * 4 and told == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_ctrl_c_ends_the_children(delay: float, tmp_path: Path) -> None:
+    latency, alive, _ = run_script(INTERRUPT.format(delay=delay), tmp_path).split()
+    assert float(latency) < 1.0 and int(alive) == 0
+
+
+@pytest.mark.parametrize("program", ["absent", "silent"])
+def test_a_child_that_cannot_work_is_an_error(
+    program: str, root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / program
+    if program == "silent":
+        path.write_text("#!/bin/sh\necho broken installation >&2\nexit 3\n")
+        path.chmod(0o755)
+    monkeypatch.setattr(compiling.sys, "executable", str(path))
+    entry = Kernel(store_sum)
+    monkeypatch.setattr(compiling, "kernels", lambda: {"store_sum": entry})
+    raised: list[BaseException] = []
+
+    def prepare() -> None:
+        try:
+            compiling.prepare(["store_sum"], 2)
+        except OnnxstreamError as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=prepare, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "prepare waits for a child that never was"
+    (error,) = raised
+    message = "absent" if program == "absent" else "broken installation"
+    assert "compiling a kernel failed" in str(error) and message in str(error)
