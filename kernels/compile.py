@@ -36,7 +36,8 @@ def prepare(names, workers, progress=None):
 
     `progress(text, fraction)` is told about every kernel that is compiled.
     """
-    wanted = [kernels()[name] for name in dict.fromkeys(names)]
+    known = kernels()  # a plan may name more than there is: not every encoding has every order
+    wanted = [known[n] for n in dict.fromkeys((*names, "team_lead", "team_member")) if n in known]
     if not JIT:
         return
     missing = [k.name for k in wanted if not k.load()]

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ..errors import UnsupportedError
 from ..registry import kernels, op
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import Rows, plain
@@ -26,15 +27,26 @@ class Matrix:
         self.row_bytes = 4 * array.shape[1]
 
 
+def _kernel(product, weight):
+    """The kernel for a weight's encoding and storage order."""
+    order = "rows" if weight.transposed else "columns"
+    found = kernels().get(f"{product}_{order}_{weight.encoding}")
+    if found is None:
+        raise UnsupportedError(
+            f"a product with a {weight.encoding} weight stored by {order} is not supported; "
+            "convert it to float16 or float32"
+        )
+    return found
+
+
 def calls(x, weight, out):
     """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in."""
     (m, k), n = x.shape, weight.shape[1]
-    order = "rows" if weight.transposed else "columns"
     if m == 1:
-        kernel = kernels()[f"gemv_{order}_{weight.encoding}"]
+        kernel = _kernel("gemv", weight)
         where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data
         return [(kernel, *where, n, k)], ()
-    kernel = kernels()[f"gemm_{order}_{weight.encoding}"]
+    kernel = _kernel("gemm", weight)
     rows = -(-m // TILE_ROWS) * TILE_ROWS
     packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
     scratch, each, held = team().scratch(scratch_bytes(m))

@@ -149,10 +149,14 @@ def _kernels(step: Step, graph: Graph) -> list[str]:
     for template in step.operator.uses:
         if "{" not in template:
             names.append(template)
-        for ref in step.weights if "{" in template else ():
+            continue
+        for ref in step.weights:
             encoding = ref.dtype if ref.encoding == "raw" else ref.encoding
-            order = "rows" if ref.transposed else "columns"
+            by_rows = ref.transposed != bool(step.attributes.get("transB"))
+            order = "rows" if by_rows else "columns"
             names.append(template.format(encoding=encoding, order=order))
+        if not step.weights:  # arrays are float32 in the order they come in
+            names.append(template.format(encoding="float32", order="columns"))
     decoded = [graph.initializers[n] for n, native in step.inputs if not native
                and n in graph.initializers]  # fmt: skip
     names += [f"decode_{ref.encoding}" for ref in decoded if ref.encoding not in ("raw", ref.dtype)]

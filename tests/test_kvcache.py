@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper, load_from_string
 from onnx_models import make, run, value
 
 from onnxstream_nb.formats import load_bytes
@@ -245,3 +245,15 @@ def test_onnxruntime_agrees_on_the_layout_of_past() -> None:
     slot = ArraySlot((1, 2, 1, 3), 2, np.dtype(np.float32)).append(past)
     wanted = run(model, {"past": past, "new": new})["present"]
     np.testing.assert_array_equal(np.asarray(slot.append(new)), wanted)
+
+
+def test_a_past_keeps_its_shape_for_those_who_read_it_after_attention() -> None:
+    model = load_from_string(_attention_model(2, 1, 8))
+    model.graph.node.append(helper.make_node("Shape", ["past_key"], ["shape"]))
+    model.graph.output.append(value("shape", TensorProto.INT64, (4,)))
+    slots = {"past_key": KVSlot("key", 1, 8), "past_value": KVSlot("value", 1, 8)}
+    feeds = {n: np.ones((1, h, 3, 8), np.float32) for n, h in (("q", 2), ("k", 1), ("v", 1))}
+    with Session(model, optimize=False) as session:
+        got = session.run(feeds | slots)
+    assert got["shape"].tolist() == [1, 1, 0, 8]
+    assert got["present_key"].shape == (1, 1, 3, 8)
