@@ -6,13 +6,20 @@ Each weight is read once; the threads own contiguous ranges of outputs.
 """
 
 from .encoding import element, unpack
-from .jit import arg, jit, kernel, share
+from .jit import arg, inline, jit, kernel, share
 from .quant import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, UINT8
 from .vector import (
     add, fma, load_f32, peek_f32, poke_f32, prefetch, splat, store_f32, sum_lanes, zero,
 )  # fmt: skip
 
 AHEAD = 512  # bytes: far enough for a line to arrive, near enough to stay in the first cache
+SHORT = 2048  # bytes: a row so short ends before the hardware has noticed that it is read
+
+
+@inline
+def distance(stride):
+    """How far ahead to prefetch rows of `stride` bytes, read four at a time."""
+    return 4 * stride if stride < SHORT else AHEAD
 
 
 @jit
@@ -35,10 +42,10 @@ def dot4(token, row, stride, x, y, k):
     r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
     a0, a1, a2, a3 = zero(), zero(), zero(), zero()
     b0, b1, b2, b3 = zero(), zero(), zero(), zero()
-    step = (stride << 5) // k
+    step, beyond = (stride << 5) // k, distance(stride)
     for g in range(k >> 5):
         x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        ahead = g * step + AHEAD
+        ahead = g * step + beyond
         prefetch(row + ahead)
         low, high = unpack(token, row, g)
         a0, b0 = fma(low, x0, a0), fma(high, x1, b0)
@@ -143,37 +150,37 @@ def gemv_rows_bfloat16(args, thread, threads):
 
 
 @kernel
-def gemv_rows_q8_0(args, thread, threads):
+def gemv_rows_q8_0_generic(args, thread, threads):
     """q8_0 W (N, K), x (K,) -> y (N,)."""
     rows(Q8_0, args, thread, threads)
 
 
 @kernel
-def gemv_rows_q4_0(args, thread, threads):
+def gemv_rows_q4_0_generic(args, thread, threads):
     """q4_0 W (N, K), x (K,) -> y (N,)."""
     rows(Q4_0, args, thread, threads)
 
 
 @kernel
-def gemv_rows_q4_1(args, thread, threads):
+def gemv_rows_q4_1_generic(args, thread, threads):
     """q4_1 W (N, K), x (K,) -> y (N,)."""
     rows(Q4_1, args, thread, threads)
 
 
 @kernel
-def gemv_rows_q4_k(args, thread, threads):
+def gemv_rows_q4_k_generic(args, thread, threads):
     """q4_k W (N, K), x (K,) -> y (N,)."""
     rows(Q4_K, args, thread, threads)
 
 
 @kernel
-def gemv_rows_q5_k(args, thread, threads):
+def gemv_rows_q5_k_generic(args, thread, threads):
     """q5_k W (N, K), x (K,) -> y (N,)."""
     rows(Q5_K, args, thread, threads)
 
 
 @kernel
-def gemv_rows_q6_k(args, thread, threads):
+def gemv_rows_q6_k_generic(args, thread, threads):
     """q6_k W (N, K), x (K,) -> y (N,)."""
     rows(Q6_K, args, thread, threads)
 

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..registry import kernels, op
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
+from .gemv_vnni import scratch_bytes as gemv_scratch_bytes
 from .lowered import Rows, plain
 from .threads import team
 
@@ -45,7 +46,8 @@ def calls(x, weight, out):
     if m == 1:
         kernel = _kernel("gemv", weight)
         where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data
-        return [(kernel, *where, n, k)], ()
+        scratch, each, held = team().scratch(gemv_scratch_bytes(k))
+        return [(kernel, *where, n, k, scratch, each)], (held,)
     kernel = _kernel("gemm", weight)
     rows = -(-m // TILE_ROWS) * TILE_ROWS
     packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
@@ -77,8 +79,8 @@ def lower_matmul(a, b):
     out = np.empty((*a.shape[:-1], b.shape[1]), np.float32)
     if not out.size or not a.size:
         return None
-    todo, _ = calls(a.reshape(1, -1), b, out.reshape(1, -1))
-    return Rows((out,), todo, keep=(a, b))
+    todo, held = calls(a.reshape(1, -1), b, out.reshape(1, -1))
+    return Rows((out,), todo, keep=(a, b, held))
 
 
 def _rows(a):

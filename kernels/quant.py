@@ -59,7 +59,7 @@ def unpack_q4_1(row, g):
 
 
 @inline
-def _k_scale(p, i):
+def k_scale(p, i):
     """The 6-bit scale and minimum of group i of 8, from the 12 bytes at p."""
     if i < 4:
         return peek_u8(p + i) & 63, peek_u8(p + i + 4) & 63
@@ -71,7 +71,7 @@ def _k_scale(p, i):
 @inline
 def _k_affine(p, i):
     """Scale and offset of group i of the q4_k or q5_k block at p: value = scale q + offset."""
-    s, m = _k_scale(p + 4, i)
+    s, m = k_scale(p + 4, i)
     return splat(peek_f16(p) * s), splat(-(peek_f16(p + 2) * m))
 
 

@@ -10,7 +10,8 @@ those that nobody has taken: a member that the system has put aside holds up nob
 the row's serial number above a bit for each share that is taken.
 
 The calling thread is member 0 and leads from row to row. The others spin for a moment between
-tables and then park in Python on an event, so that an idle engine costs nothing.
+tables and then park in Python on an event, so that an idle engine costs nothing. (They spin without
+the processor's pause instruction: a hypervisor takes it for a reason to run somebody else.)
 """
 
 import sys
@@ -22,7 +23,7 @@ from llvmlite import ir
 from numba import types
 
 from .jit import JIT, arg, float_bits, jit, kernel
-from .simd import I32, I64, ON_X86, VOID, address, call, primitive
+from .simd import I64, VOID, address, primitive
 from .vector import (
     atomic_add, atomic_compare_exchange, atomic_load, atomic_store, peek_i64,
 )  # fmt: skip
@@ -41,15 +42,6 @@ if JIT and sys.platform != "win32":
     yield_core = types.ExternalFunction("sched_yield", types.int32())
 else:
     yield_core = jit(lambda: 0)
-
-
-@primitive(types.void, twin=lambda: None)
-def pause(b):
-    """Tell the core that this is a spin loop."""
-    if ON_X86:
-        call(b, "llvm.x86.sse2.pause", VOID, [])
-    else:
-        call(b, "llvm.aarch64.hint", VOID, [ir.Constant(I32, 1)])
 
 
 @primitive(types.void, address, address, types.int64, types.int64, twin=None)
@@ -106,7 +98,6 @@ def team_lead(args, thread, threads):
         work(state, serial, 0, shares)
         spins = 0
         while atomic_load(state + DONE) < shares:
-            pause()
             spins += 1
             if spins > SPINS_BEFORE_YIELD:
                 yield_core()
@@ -135,7 +126,6 @@ def team_member(args, thread, threads):
             atomic_store(parked, 0)
         if spins > SPINS_BEFORE_YIELD:
             yield_core()
-        pause()
         spins += 1
 
 

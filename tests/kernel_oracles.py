@@ -10,6 +10,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from onnxstream_nb.graph import ENCODINGS, WeightRef
+from onnxstream_nb.kernels.bytes32 import LIMIT, SUPPORTED
 from onnxstream_nb.weights import Weight
 
 Array = np.ndarray[Any, Any]
@@ -87,12 +88,17 @@ def random_weight(
 def assert_product(y: Array, x: Array, w: Array, encoding: str = "float32") -> None:
     """Y = X W within a millionth of the sum of its terms' magnitudes, each element.
 
-    uint8 subtracts scale zero sum(x) from scale sum(x q): those are its terms.
+    uint8 subtracts scale zero sum(x) from scale sum(x q): those are its terms. One row times a
+    block encoding may be a product of integers: then a group of 32 activations is rounded to
+    1 / 16256 of its largest, half of that at most for each.
     """
     x, w = x.astype(np.float64), w.astype(np.float64)
     assert y.shape == (*x.shape[:-1], w.shape[-1])
     terms = np.abs(w) + (2 * UINT8_SCALE * UINT8_ZERO if encoding == "uint8" else 0)
     slack = 1e-6 * (np.abs(x) @ terms) + 1e-30
+    if SUPPORTED and encoding in BLOCKED and x.size == x.shape[-1]:
+        largest = np.abs(x).reshape(-1, 32).max(axis=1).repeat(32).reshape(x.shape)
+        slack = slack + (largest / (2 * LIMIT)) @ terms
     error = np.abs(y.astype(np.float64) - x @ w)
     assert (error <= slack).all(), f"{(error / slack).max()} times the bound"
 

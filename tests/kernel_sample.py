@@ -12,12 +12,12 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import kernel_oracles as oracles  # noqa: E402
+
 from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
 from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization  # noqa: E402
 from onnxstream_nb.kernels.rope import rotary_embedding  # noqa: E402
 from onnxstream_nb.kernels.threads import set_threads, team  # noqa: E402
-
 from onnxstream_nb.kvcache import KVSlot  # noqa: E402
 from onnxstream_nb.registry import kernels  # noqa: E402
 

@@ -8,11 +8,11 @@ from typing import Any
 import kernel_oracles as oracles
 import numpy as np
 import pytest
+
+from onnxstream_nb.errors import ShapeError
 from onnxstream_nb.kernels.attention import attention_23, attention_24, lower_attention
 from onnxstream_nb.kernels.lowered import Table
 from onnxstream_nb.kernels.threads import set_threads
-
-from onnxstream_nb.errors import ShapeError
 from onnxstream_nb.kvcache import GROWTH, KVSlot
 
 Array = np.ndarray[Any, Any]

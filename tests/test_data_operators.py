@@ -9,11 +9,11 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-from onnxstream_nb.kernels.threads import set_threads
 
 from onnxstream_nb import registry
 from onnxstream_nb.errors import ShapeError, UnsupportedError
 from onnxstream_nb.graph import ENCODINGS, WeightRef
+from onnxstream_nb.kernels.threads import set_threads
 from onnxstream_nb.session import Session
 from onnxstream_nb.weights import DiskProvider, Weight, encoded_bytes
 

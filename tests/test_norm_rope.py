@@ -8,6 +8,7 @@ from typing import Any
 import kernel_oracles as oracles
 import numpy as np
 import pytest
+
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization
 from onnxstream_nb.kernels.rope import rotary_embedding
 from onnxstream_nb.kernels.threads import set_threads

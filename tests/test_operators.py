@@ -17,12 +17,12 @@ from typing import Any
 import naive
 import numpy as np
 import pytest
-from onnxstream_nb.kernels import mapping, pointwise, reduce, softmax
-from onnxstream_nb.kernels.simd import JIT
-from onnxstream_nb.kernels.threads import set_threads
 
 from onnxstream_nb import registry
 from onnxstream_nb.errors import ShapeError, UnsupportedError
+from onnxstream_nb.kernels import mapping, pointwise, reduce, softmax
+from onnxstream_nb.kernels.simd import JIT
+from onnxstream_nb.kernels.threads import set_threads
 
 TAILS = (0, 1, 15, 16, 17, 63, 64, 65, 1000)
 Array = np.ndarray[Any, Any]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_oracles import BLOCKED, PLAIN, decoded, random_blocks, stored_matrix
-from onnxstream_nb.kernels.threads import Team
 
 from onnxstream_nb.graph import ENCODINGS
+from onnxstream_nb.kernels.threads import Team
 from onnxstream_nb.registry import kernels
 
 Array = np.ndarray[Any, Any]

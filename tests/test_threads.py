@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numba.core import caching
+
 from onnxstream_nb.kernels import threads as module
 from onnxstream_nb.kernels.jit import JIT, Kernel, arg
 from onnxstream_nb.kernels.threads import MAX_THREADS, Team, set_threads, team, team_of

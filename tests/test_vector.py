@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_oracles import widened
+
 from onnxstream_nb.kernels import vector as v
 from onnxstream_nb.kernels.jit import jit
 from onnxstream_nb.kernels.simd import JIT
