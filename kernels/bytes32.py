@@ -119,6 +119,11 @@ def zero8(b):
     return constant(0.0, F8)
 
 
+@primitive(f32x8, f32x8, f32x8, twin=np.add)
+def add8(b, x, y):
+    return b.fadd(x, y)
+
+
 def _spread(b, pair, lanes):
     """Lanes of a pair, by number, as a vector (8,)."""
     return b.shuffle_vector(pair, ir.Constant(F2, ir.Undefined), ir.Constant(W8, lanes))

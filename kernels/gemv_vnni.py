@@ -11,14 +11,14 @@ from numba.extending import overload
 
 from ..registry import register_kernel
 from .bytes32 import (
-    LIMIT, RECORD, SCALE, SUM, SUM_FIRST, SUM_LAST, SUPPORTED, dot32, first, load_bytes, load_split,
-    nibbles, pair_add, pair_mul, pair_of_float, pair_of_floats, pair_of_half, pair_of_halves,
-    pair_of_integers, pair_zero, quantize16, scale_add, scale_add_halves, second, sum8, unsigned,
-    with_bit, with_two_bits, zero8,
+    LIMIT, RECORD, SCALE, SUM, SUM_FIRST, SUM_LAST, SUPPORTED, add8, dot32, first, load_bytes,
+    load_split, nibbles, pair_add, pair_mul, pair_of_float, pair_of_floats, pair_of_half,
+    pair_of_halves, pair_of_integers, pair_zero, quantize16, scale_add, scale_add_halves, second,
+    sum8, unsigned, with_bit, with_two_bits, zero8,
 )  # fmt: skip
 from .encoding import Token
 from .gemv import (
-    distance, gemv_rows_q4_0_generic, gemv_rows_q4_1_generic, gemv_rows_q4_k_generic,
+    gemv_rows_q4_0_generic, gemv_rows_q4_1_generic, gemv_rows_q4_k_generic,
     gemv_rows_q5_k_generic, gemv_rows_q6_k_generic, gemv_rows_q8_0_generic,
 )  # fmt: skip
 from .jit import arg, inline, jit, kernel, share
@@ -27,6 +27,8 @@ from .simd import JIT
 from .vector import (
     absolute, load_f32, max_lanes, maximum, peek_f32, peek_i8, poke_f32, prefetch,
 )  # fmt: skip
+
+AHEAD = 2048  # bytes: rows lie one behind the other, so this may be the next one's
 
 
 @jit
@@ -163,33 +165,21 @@ if JIT:
 @jit
 def dot(token, row, records, groups):
     """One row of groups times the records -> float32."""
-    total, offset = zero8(), pair_zero()
-    for g in range(groups):
-        total, offset = accumulate(token, row, g, records + RECORD * g, total, offset)
-    return sum8(total) + finish(token, offset)
-
-
-@jit
-def dot4(token, row, stride, records, y, groups):
-    """Four rows times the records -> (4,) at y."""
-    r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
     t0, t1, t2, t3 = zero8(), zero8(), zero8(), zero8()
     m0, m1, m2, m3 = pair_zero(), pair_zero(), pair_zero(), pair_zero()
-    step, beyond = stride // groups, distance(stride)
-    for g in range(groups):
-        x, ahead = records + RECORD * g, g * step + beyond
-        prefetch(row + ahead)
+    whole = groups // 4 * 4
+    for g in range(0, whole, 4):
+        x = records + RECORD * g
+        prefetch(row + AHEAD + (g << 5))
+        prefetch(row + AHEAD + 64 + (g << 5))
         t0, m0 = accumulate(token, row, g, x, t0, m0)
-        prefetch(r1 + ahead)
-        t1, m1 = accumulate(token, r1, g, x, t1, m1)
-        prefetch(r2 + ahead)
-        t2, m2 = accumulate(token, r2, g, x, t2, m2)
-        prefetch(r3 + ahead)
-        t3, m3 = accumulate(token, r3, g, x, t3, m3)
-    poke_f32(y, sum8(t0) + finish(token, m0))
-    poke_f32(y + 4, sum8(t1) + finish(token, m1))
-    poke_f32(y + 8, sum8(t2) + finish(token, m2))
-    poke_f32(y + 12, sum8(t3) + finish(token, m3))
+        t1, m1 = accumulate(token, row, g + 1, x + RECORD, t1, m1)
+        t2, m2 = accumulate(token, row, g + 2, x + 2 * RECORD, t2, m2)
+        t3, m3 = accumulate(token, row, g + 3, x + 3 * RECORD, t3, m3)
+    for g in range(whole, groups):
+        t0, m0 = accumulate(token, row, g, records + RECORD * g, t0, m0)
+    total = sum8(add8(add8(t0, t1), add8(t2, t3)))
+    return total + finish(token, pair_add(pair_add(m0, m1), pair_add(m2, m3)))
 
 
 @jit
@@ -201,10 +191,7 @@ def rows(token, args, thread, threads):
     if start == stop:
         return
     quantize(x, arg(args, 5), records)
-    last = start + (stop - start) // 4 * 4
-    for i in range(start, last, 4):
-        dot4(token, weights + stride * i, stride, records, y + 4 * i, groups)
-    for i in range(last, stop):
+    for i in range(start, stop):
         poke_f32(y + 4 * i, dot(token, weights + stride * i, records, groups))
 
 
