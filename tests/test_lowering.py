@@ -1,7 +1,8 @@
 """A token replayed as tables must be the token run operator by operator.
 
 Not to the last bit: operator by operator, small arrays are NumPy's, whose activation functions
-round differently.
+round differently, and the float16 cache turns a last bit of float32 into 1/2048 of an element now
+and then. Hence 1e-4 of the largest logit.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same(mine: np.ndarray, reference: np.ndarray) -> None:
-    np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    np.testing.assert_allclose(mine, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
 
 
 def replaying(path: Path, threads: int = 1) -> LanguageModel:
