@@ -211,7 +211,8 @@ def sum8(b, x):
 
 
 def _twin_quantize(x, inverse, out):
-    whole = np.rint(read_memory(x, np.float32, 16) * np.float32(inverse)).astype(np.int32)
+    rounded = np.rint(read_memory(x, np.float32, 16) * np.float32(inverse))
+    whole = np.nan_to_num(rounded).astype(np.int32)
     high = (whole + 64) >> 7
     write_memory(out, high.astype(np.int8))
     write_memory(out + 32, (whole - 128 * high).astype(np.int8))
@@ -222,7 +223,8 @@ def _twin_quantize(x, inverse, out):
 def quantize16(b, x, inverse, out):
     """16 floats at x times `inverse`, rounded -> high at out and low at out + 32; their sum."""
     scaled = b.fmul(load(b, x, F16), broadcast(b, inverse, F16))
-    whole = b.fptosi(call(b, "llvm.rint.v16f32", F16, [scaled]), W16)
+    rounded = call(b, "llvm.rint.v16f32", F16, [scaled])
+    whole = call(b, "llvm.fptosi.sat.v16i32.v16f32", W16, [rounded])
     high = b.ashr(b.add(whole, constant(64, W16)), constant(7, W16))
     low = b.sub(whole, b.shl(high, constant(7, W16)))
     store(b, b.trunc(high, B16), out)

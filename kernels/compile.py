@@ -69,6 +69,7 @@ class _Children:
             self.queue.put(name)
         self.events = queue.Queue()  # (event, text): "begin" a name, "done" a name, "end", "error"
         self.processes = []
+        self.stopped = False
         self.threads = [threading.Thread(target=self._feed, daemon=True) for _ in range(workers)]
 
     def _feed(self):
@@ -85,6 +86,8 @@ class _Children:
             self.events.put(("error", f"no child process: {error}"))
             return
         self.processes.append(child)
+        if self.stopped:
+            child.kill()
         with child:
             while not self.queue.empty():
                 try:
@@ -101,6 +104,7 @@ class _Children:
                     with suppress(BrokenPipeError):  # what was not written stays unwritten
                         child.stdin.close()
                 if answer.strip() != name:
+                    child.kill()  # it may be waiting for the next name
                     self.events.put(("error", f"{name}: {answer}{child.stderr.read()[-2000:]}"))
                     return
                 self.events.put(("done", name))
@@ -108,9 +112,12 @@ class _Children:
         self.events.put(("end", ""))
 
     def stop(self):
-        while not self.queue.empty():
-            self.queue.get()
-        for process in self.processes:
+        """End all children, also one that is just being started."""
+        self.stopped = True
+        with suppress(queue.Empty):
+            while True:
+                self.queue.get_nowait()
+        for process in list(self.processes):
             process.kill()
 
 

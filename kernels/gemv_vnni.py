@@ -25,7 +25,8 @@ from .jit import arg, inline, jit, kernel, share
 from .quant import k_scale
 from .simd import JIT
 from .vector import (
-    absolute, load_f32, max_lanes, maximum, peek_f32, peek_i8, poke_f32, prefetch,
+    absolute, add, load_f32, max_lanes, maximum, mul, peek_f32, peek_i8, poke_f32, prefetch,
+    sum_lanes, zero,
 )  # fmt: skip
 
 AHEAD = 2048  # bytes: rows lie one behind the other, so this may be the next one's
@@ -37,7 +38,9 @@ def quantize(x, k, records):
     for g in range(k >> 5):
         p, out = x + 128 * g, records + RECORD * g
         largest = max_lanes(maximum(absolute(load_f32(p)), absolute(load_f32(p + 64))))
-        scale = largest / LIMIT
+        # What is not finite must reach the result: 0 x is then NaN, and with it the scale.
+        marks = add(mul(load_f32(p), zero()), mul(load_f32(p + 64), zero()))
+        scale = largest / LIMIT + sum_lanes(marks)
         inverse = LIMIT / largest if largest > 0 else 0.0
         first = quantize16(p, inverse, out) * scale
         last = quantize16(p + 64, inverse, out + 16) * scale

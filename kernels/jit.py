@@ -16,6 +16,7 @@ import shutil
 import struct
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -128,8 +129,9 @@ def prune():
     for folder in root.iterdir() if root else ():
         stem, _, version = folder.name.rpartition("-")
         current = (_HERE / f"{stem}.py").exists() and version == stamp(_HERE / f"{stem}.py")
-        if not current and folder.stat().st_mtime < oldest:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process prunes as well
+            if not current and folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Kernel(ccallback.CFunc):

@@ -1,7 +1,7 @@
 """The thread team: it walks a table of kernels, all members together, one row after the other.
 
 Shapes: a table is (rows, COLUMNS) int64: column 0 a kernel's address, then its arguments. The
-team's state is one int64 a cache line: claims, row, done, shares, stop, then one "parked" flag a
+team's state is one int64 a cache line: claims, row, done, shares, then one "parked" flag a
 member.
 
 Every row is cut into shares, two a member; a kernel's (thread, threads) are a share and their
@@ -30,7 +30,7 @@ from .vector import (
 
 COLUMNS = 40
 LINE = 64
-CLAIMS, ROW, DONE, SHARES, STOP = (i * LINE for i in range(5))
+CLAIMS, ROW, DONE, SHARES = (i * LINE for i in range(4))
 PARKED = 8 * LINE
 SERIAL = 32  # claims holds the shares in its lower bits, the serial number above
 SPINS_BEFORE_YIELD = 2000
@@ -105,7 +105,7 @@ def team_lead(args, thread, threads):
 
 @kernel
 def team_member(args, thread, threads):
-    """Help with rows as member `thread` until told to stop, or until nothing came for a while.
+    """Help with rows as member `thread` until nothing has come for a while.
 
     args: state. Shapes: none.
     """
@@ -113,7 +113,7 @@ def team_member(args, thread, threads):
     parked = state + PARKED + LINE * thread
     atomic_store(parked, 0)
     serial, spins, shares = -1, 0, atomic_load(state + SHARES)
-    while atomic_load(state + STOP) == 0:
+    while True:
         now = atomic_load(state + CLAIMS) >> SERIAL
         if now != serial:
             serial, spins = now, 0
@@ -155,9 +155,10 @@ class Team:
         All kernels that run one after the other share it; a later call may get other memory.
         """
         each = (each + 4095) // 4096 * 4096
-        if each * self.shares + LINE > self._scratch.nbytes:
-            self._scratch = np.empty(each * self.shares + LINE, np.uint8)
-        return (self._scratch.ctypes.data + LINE - 1) // LINE * LINE, each, self._scratch
+        held = self._scratch  # read once: another Python thread may replace it meanwhile
+        if each * self.shares + LINE > held.nbytes:
+            held = self._scratch = np.empty(each * self.shares + LINE, np.uint8)
+        return (held.ctypes.data + LINE - 1) // LINE * LINE, each, held
 
     def _start(self):
         self._started = True

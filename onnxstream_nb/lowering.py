@@ -24,11 +24,14 @@ Argument = Callable[[dict[str, Any], str, bool], Any]
 
 
 class _Host:
-    """A step that Python runs again, its results copied to where the tables read them."""
+    """A step that Python runs again, its results copied to where the tables read them.
 
-    def __init__(self, step: Step, results: Sequence[Any]) -> None:
+    `places` are the step's first results, each in memory of its own.
+    """
+
+    def __init__(self, step: Step, places: Sequence[Any]) -> None:
         self.step = step
-        self._places = [r if isinstance(r, np.ndarray) else None for r in results]
+        self._places = [p if isinstance(p, np.ndarray) else None for p in places]
 
     def run(self, values: dict[str, Any], argument: Argument) -> bool:
         """Run it; False when a result has another shape than the first time."""
@@ -61,20 +64,23 @@ class Replay:
         self._argument = argument
         self._make_table = make_table
         self._feeds = {v.name: values[v.name] for v in plan.graph.inputs}
-        self._slots = [f for f in self._feeds.values() if hasattr(f, "reserve")]
+        self._slots = [f for f in self._feeds.values() if _is_slot(f)]
         self._base = [slot.length for slot in self._slots]
         self._parts: list[_Host | Any] = []
+        self._replayable = True  # a present's length is recorded: who reads it must run plainly
         pending: list[Any] = []
         read = 0
         for step in plan.steps:
             if stop is not None and stop.is_set():
                 raise Interrupted("the run was stopped")
             arguments = [argument(values, name, native) for name, native in step.inputs]
+            self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
             rows = step.operator.lower and step.operator.lower(*arguments, **step.attributes)
             if rows is None:
                 self._close(pending)
                 results = step.call(arguments)
-                if not _are_views(results, arguments):
+                if not _is_still_view(step, plan, results, arguments):
+                    results = [_owned(r) for r in results]
                     self._parts.append(_Host(step, results))
             else:
                 rows.run()
@@ -90,8 +96,8 @@ class Replay:
 
     @property
     def lowered(self) -> bool:
-        """Whether there is anything to gain: a table at least."""
-        return any(not isinstance(part, _Host) for part in self._parts)
+        """Whether it may be replayed and there is something to gain: a table at least."""
+        return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
     def _close(self, pending: list[Any]) -> None:
         if pending:
@@ -105,11 +111,11 @@ class Replay:
         """
         if feeds.keys() != self._feeds.keys():
             return False
-        if any(hasattr(self.values.get(name), "reserve") for name in wanted):
+        if any(_is_slot(self.values.get(name)) for name in wanted):
             return False
         for name, known in self._feeds.items():
             feed = feeds[name]
-            if feed is known and hasattr(feed, "reserve"):
+            if feed is known and _is_slot(feed):
                 continue
             if not isinstance(feed, np.ndarray) or feed.dtype != known.dtype:
                 return False
@@ -139,10 +145,28 @@ class Replay:
         return True
 
 
-def _are_views(results: Sequence[Any], arguments: Sequence[Any]) -> bool:
-    """Whether the results are only another look at the arguments' memory."""
-    arrays = [a for a in arguments if isinstance(a, np.ndarray)]
-    return all(
-        isinstance(r, np.ndarray) and any(np.may_share_memory(r, a) for a in arrays)
+def _is_slot(value: Any) -> bool:
+    return hasattr(value, "reserve")
+
+
+def _owned(result: Any) -> Any:
+    """An array in memory of its own: what a view looks at may be another's next time."""
+    return (
+        np.array(result) if isinstance(result, np.ndarray) and result.base is not None else result
+    )
+
+
+def _is_still_view(
+    step: Step, plan: Plan, results: Sequence[Any], arguments: Sequence[Any]
+) -> bool:
+    """Whether the results will always be the same look at the one argument that changes."""
+    fixed = plan.graph.initializers
+    changing = [
+        a for a, (name, _) in zip(arguments, step.inputs, strict=True) if name and name not in fixed
+    ]
+    return len(changing) == 1 and all(
+        isinstance(r, np.ndarray)
+        and isinstance(changing[0], np.ndarray)
+        and np.may_share_memory(r, changing[0])
         for r in results
     )

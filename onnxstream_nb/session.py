@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import device, formats, passes, trace
+from . import formats, passes, trace
+from .device import parse_size, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose_provider
@@ -55,8 +56,9 @@ def load_graph(model: str | Path | bytes | onnx.ModelProto | Graph) -> Graph:
         return model
     if isinstance(model, (str, Path)):
         return formats.load(model)
-    data = model if isinstance(model, bytes) else model.SerializeToString()
-    return formats.load_bytes(data)
+    if isinstance(model, (bytes, bytearray, memoryview)):
+        return formats.load_bytes(bytes(model))
+    return formats.load_bytes(model.SerializeToString())
 
 
 class Session:
@@ -64,8 +66,13 @@ class Session:
 
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
-    work fit in free memory, else a budget with a margin); `ram` is a budget in bytes. `threads`
-    defaults to the physical cores. `optimize=False` runs the graph as it stands.
+    work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
+    as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
+    cores; `device` is "cpu". `optimize=False` runs the graph as it stands. `progress(text,
+    fraction)` is told what takes long, above all the first compilation of kernels.
+
+    Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
+    MemoryBudgetError when the budget cannot be kept, UsageError for a bad argument.
     """
 
     def __init__(
@@ -73,7 +80,7 @@ class Session:
         model: str | Path | bytes | onnx.ModelProto | Graph,
         *,
         load: str = "auto",
-        ram: int | None = None,
+        ram: int | str | None = None,
         threads: int | None = None,
         device: str = "cpu",
         optimize: bool = True,
@@ -86,11 +93,13 @@ class Session:
         if device != "cpu":
             raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
         self.plan: Plan = make_plan(self.graph, decode_constant)
-        internal("PrepareKernels")(self.plan.kernels, _cores(), progress)
-        self.provider: WeightsProvider = choose_provider(self.plan, load, ram, reserve)
+        internal("PrepareKernels")(self.plan.kernels, physical_cores(), progress)
+        budget = parse_size(ram, "ram") if isinstance(ram, str) else ram
+        self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
         self._lock = threading.Lock()
         self._closed = False
         self._replay: Replay | None = None
+        self._recordings_left = 2  # a graph whose shapes follow the position never fits again
         self._decode = internal("Decode")
         self._set_threads = internal("Threads")
 
@@ -131,7 +140,7 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-            return {name: self._output(values, name) for name in wanted}
+            return self._results(values, wanted, feeds)
 
     def _replayed(
         self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
@@ -146,7 +155,8 @@ class Session:
             if self._replay.run(feeds, stop):
                 return self._replay.values
             self._replay = None
-        if not _is_token(feeds):
+            self._recordings_left -= 1
+        if self._recordings_left == 0 or not _is_token(feeds):
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
@@ -182,6 +192,19 @@ class Session:
         if native or isinstance(value, np.ndarray):
             return value
         return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
+
+    def _results(
+        self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The outputs, each the caller's own: none is a feed, and no two are one array."""
+        results, taken = {}, {id(feed) for feed in feeds.values()}
+        for name in wanted:
+            value = self._output(values, name)
+            if isinstance(value, np.ndarray) and id(value) in taken:
+                value = value.copy()
+            results[name] = value
+            taken.add(id(value))
+        return results
 
     def _output(self, values: dict[str, Any], name: str) -> Any:
         value = self._argument(values, name, native=True)
@@ -219,13 +242,9 @@ def _is_token(feeds: Mapping[str, Any]) -> bool:
     return in_place and all(f.size == 1 for f in arrays)
 
 
-def _cores() -> int:
-    return device.physical_cores()
-
-
 def _thread_count(threads: int | None) -> int:
     if threads is None:
-        return device.physical_cores()
+        return physical_cores()
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
     return threads

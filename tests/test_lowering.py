@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 from llama_fixtures import write_gguf
 from llama_oracle import Tiny
+from onnx import TensorProto, helper, numpy_helper
+from onnx_models import make, value
 
 from onnxstream_nb.errors import Interrupted
+from onnxstream_nb.formats import load_bytes
+from onnxstream_nb.graph import Graph
 from onnxstream_nb.llm import LanguageModel
 
 IDS = [3, 17, 5, 40, 2, 9, 11]
@@ -98,3 +102,55 @@ def test_two_models_replay_in_turns(path: Path) -> None:
         expected = reference.feed([i])
         same(one.feed([i]), expected)
         same(two.feed([i]), expected)
+
+
+def position_table_graph() -> Graph:
+    """Logits of an embedding plus a row of a table, which a Slice looks up by the past's length."""
+    size, rng = 32, np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(array, name)
+        for name, array in (
+            ("embedding", rng.standard_normal((size, size)).astype(np.float32)),
+            ("table", rng.standard_normal((64, size)).astype(np.float32)),
+            ("two", np.array([2])), ("one", np.array([1])), ("zero", np.array([0])),
+        )
+    ]  # fmt: skip
+    node = helper.make_node
+    past, total = [1, 1, "past", size], [1, 1, "total", size]
+    model = make(
+        [
+            node("Gather", ["embedding", "input_ids"], ["e"]),
+            node("Shape", ["past_key_values.0.key"], ["shape"]),
+            node("Gather", ["shape", "two"], ["start"]),
+            node("Add", ["start", "one"], ["stop"]),
+            node("Slice", ["table", "start", "stop", "zero"], ["row"]),
+            node("Add", ["e", "row"], ["x"]),
+            node("Attention", ["x", "x", "x", "", "past_key_values.0.key",
+                               "past_key_values.0.value"],
+                 ["logits", "present.0.key", "present.0.value"],
+                 q_num_heads=1, kv_num_heads=1, is_causal=1),
+        ],
+        [value("input_ids", TensorProto.INT64, [1, "t"]),
+         value("past_key_values.0.key", shape=past), value("past_key_values.0.value", shape=past)],
+        [value("logits", shape=[1, "t", size]), value("present.0.key", shape=total),
+         value("present.0.value", shape=total)],
+        weights, opset_imports=[helper.make_opsetid("", 23)],
+    )  # fmt: skip
+    return load_bytes(model.SerializeToString())
+
+
+def test_a_view_that_follows_the_position_is_taken_anew() -> None:
+    graph = position_table_graph()
+    fast = LanguageModel(graph, load="mmap", threads=1)
+    slow = LanguageModel(graph, load="stream", threads=1)
+    for i in range(8):
+        same(fast.feed([i]), slow.feed([i]))
+    assert fast.session._replay is not None
+
+
+def test_a_graph_whose_shapes_follow_the_position_is_not_recorded_for_ever(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "window.gguf", Tiny(context=128, window=16), "F32")
+    fast, slow = replaying(tmp_path / "window.gguf"), plain(tmp_path / "window.gguf")
+    for i in range(40):  # beyond the window
+        same(fast.feed([i]), slow.feed([i]))
+    assert fast.session._recordings_left == 0

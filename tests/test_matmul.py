@@ -188,3 +188,14 @@ def test_gemm_keeps_float16() -> None:
     a = np.full((2, 64), 0.5, np.float16)
     y = gemm(a, a.copy(), np.ones(2, np.float16), transB=1, alpha=0.5, beta=3.0)
     assert y.dtype == np.float16 and (y == 11).all()
+
+
+@pytest.mark.parametrize("encoding", ["q8_0", "q4_1", "q6_k", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_in_x_reaches_the_result(
+    encoding: str, bad: float, rng: np.random.Generator
+) -> None:
+    weight, _ = random_weight(encoding, 256, 9, rng, True)
+    x = normal(rng, 1, 256)
+    x[0, 77] = bad
+    assert not np.isfinite(matmul(x, weight)).any()
