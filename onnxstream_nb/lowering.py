@@ -9,7 +9,8 @@ and which arguments move with the position, it says itself (`op(..., lower=...)`
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,32 +25,44 @@ Argument = Callable[[dict[str, Any], str, bool], Any]
 
 
 class _Host:
-    """A step that Python runs again, its results copied to where the tables read them.
+    """A step that Python runs again.
 
-    `places` are the step's first results, each in memory of its own.
+    `places` hold, for each output that tables read, the array where they read it; what is None
+    may have another shape every time.
     """
 
     def __init__(self, step: Step, places: Sequence[Any]) -> None:
         self.step = step
-        self._places = [p if isinstance(p, np.ndarray) else None for p in places]
+        self._places = places
 
     def run(self, values: dict[str, Any], argument: Argument) -> bool:
-        """Run it; False when a result has another shape than the first time."""
+        """Run it; False when a result does not fit the place that tables read."""
         results = self.step.call([argument(values, n, native) for n, native in self.step.inputs])
-        for place, result in zip(self._places, results, strict=True):
-            if place is None or place is result:
-                continue
-            if place.shape != result.shape or place.dtype != result.dtype:
+        for name, place, result in zip(self.step.outputs, self._places, results, strict=False):
+            if place is None:
+                values[name] = result
+            elif not _same_kind(place, result):
                 return False
-            np.copyto(place, result)
+            elif place is not result:
+                np.copyto(place, result)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A step as it was recorded: its rows when it was lowered; whether its result is a view."""
+
+    step: Step
+    rows: Any = None
+    is_view: bool = False
 
 
 class Replay:
     """A plan recorded while it ran for one token.
 
-    Recording is a run of its own: its results are in `values`. `run` is for feeds of the same
-    shapes, with the same cache, and its weights where they were.
+    Recording is a run of its own: its results are in `values`. `run` is for the next tokens: what
+    tables read keeps its shape, the cache stays where it is, and so do the weights. `previous` are
+    the values of an earlier recording: what had another shape then is no table's business.
     """
 
     def __init__(
@@ -59,53 +72,83 @@ class Replay:
         argument: Argument,
         make_table: Callable[[Iterable[Any]], Any],
         stop: threading.Event | None = None,
+        previous: Mapping[str, Any] | None = None,
     ) -> None:
         self.values = values
+        self._previous = previous or {}
         self._argument = argument
-        self._make_table = make_table
         self._feeds = {v.name: values[v.name] for v in plan.graph.inputs}
         self._slots = [f for f in self._feeds.values() if _is_slot(f)]
         self._base = [slot.length for slot in self._slots]
-        self._parts: list[_Host | Any] = []
         self._replayable = True  # a present's length is recorded: who reads it must run plainly
+        entries = [self._record(plan, step, stop) for step in plan.steps]
+        self._fixed = _read_by_tables(entries, plan)
+        self._parts = list(self._make_parts(entries, plan, make_table))
+        self._capacities = [slot.capacity for slot in self._slots]
+
+    def _record(self, plan: Plan, step: Step, stop: threading.Event | None) -> _Entry:
+        """Run one step, lowered where that is possible."""
+        if stop is not None and stop.is_set():
+            raise Interrupted("the run was stopped")
+        arguments = [self._argument(self.values, name, native) for name, native in step.inputs]
+        self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
+        rows = None
+        if step.operator.lower and not any(self._varies(name) for name, _ in step.inputs):
+            rows = step.operator.lower(*arguments, **step.attributes)
+        if rows is None:
+            results = step.call(arguments)
+            is_view = _is_still_view(step, plan, results, arguments)
+            if not is_view:
+                results = [_owned(r) for r in results]
+        else:
+            rows.run()
+            results, is_view = rows.outputs, False
+        self.values.update((n, r) for n, r in zip(step.outputs, results, strict=False) if n)
+        return _Entry(step, rows, is_view)
+
+    def _varies(self, name: str) -> bool:
+        """Whether a value's shape follows the position."""
+        known, now = self._previous.get(name), self.values.get(name)
+        return (
+            isinstance(known, np.ndarray)
+            and isinstance(now, np.ndarray)
+            and (known.shape != now.shape)
+        )
+
+    def _make_parts(
+        self, entries: Sequence[_Entry], plan: Plan, make_table: Callable[[Iterable[Any]], Any]
+    ) -> Iterator[Any]:
+        """Tables of rows as long as may be, and between them the steps that Python runs."""
+        lasting = set(self._fixed)  # values that stay where they are
         pending: list[Any] = []
         read = 0
-        for step in plan.steps:
-            if stop is not None and stop.is_set():
-                raise Interrupted("the run was stopped")
-            arguments = [argument(values, name, native) for name, native in step.inputs]
-            self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
-            rows = step.operator.lower and step.operator.lower(*arguments, **step.attributes)
-            if rows is None:
-                self._close(pending)
-                results = step.call(arguments)
-                if not _is_still_view(step, plan, results, arguments):
-                    results = [_owned(r) for r in results]
-                    self._parts.append(_Host(step, results))
+        for entry in entries:
+            read += sum(ref.nbytes for ref in entry.step.weights)
+            if entry.rows is not None:
+                pending.append(entry.rows)
+                lasting.update(entry.step.outputs)
+            elif entry.is_view and _changing(entry.step, plan)[0] in lasting:
+                lasting.update(entry.step.outputs)
             else:
-                rows.run()
-                pending.append(rows)
-                results = rows.outputs
-            values.update((n, r) for n, r in zip(step.outputs, results, strict=False) if n)
-            read += sum(ref.nbytes for ref in step.weights)
-            if read > TABLE_BYTES:
-                self._close(pending)
-                read = 0
-        self._close(pending)
-        self._capacities = [slot.capacity for slot in self._slots]
+                if pending:
+                    yield make_table(pending)
+                pending, read = [], 0
+                fixed = self._fixed
+                places = [self.values[n] if n in fixed else None for n in entry.step.outputs]
+                yield _Host(entry.step, places)
+            if read > TABLE_BYTES and pending:
+                yield make_table(pending)
+                pending, read = [], 0
+        if pending:
+            yield make_table(pending)
 
     @property
     def lowered(self) -> bool:
         """Whether it may be replayed and there is something to gain: a table at least."""
         return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
-    def _close(self, pending: list[Any]) -> None:
-        if pending:
-            self._parts.append(self._make_table(list(pending)))
-            pending.clear()
-
     def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
-        """Whether these feeds have the recorded shapes and the cache its recorded place.
+        """Whether these feeds have the shapes that tables read and the cache its recorded place.
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
@@ -114,12 +157,10 @@ class Replay:
         if any(_is_slot(self.values.get(name)) for name in wanted):
             return False
         for name, known in self._feeds.items():
-            feed = feeds[name]
-            if feed is known and _is_slot(feed):
-                continue
-            if not isinstance(feed, np.ndarray) or feed.dtype != known.dtype:
-                return False
-            if feed.shape != known.shape:
+            if _is_slot(known):
+                if feeds[name] is not known:
+                    return False
+            elif name in self._fixed and not _same_kind(known, feeds[name]):
                 return False
         moved = {slot.length - base for slot, base in zip(self._slots, self._base, strict=True)}
         room = all(
@@ -132,8 +173,10 @@ class Replay:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""
         offset = self._slots[0].length - self._base[0] if self._slots else 0
         for name, known in self._feeds.items():
-            if isinstance(known, np.ndarray):
+            if name in self._fixed and not _is_slot(known):
                 np.copyto(known, feeds[name])
+            else:
+                self.values[name] = feeds[name]
         for part in self._parts:
             if stop is not None and stop.is_set():
                 raise Interrupted("the run was stopped")
@@ -145,8 +188,32 @@ class Replay:
         return True
 
 
+def _read_by_tables(entries: Sequence[_Entry], plan: Plan) -> set[str]:
+    """The values that must stay where they are, since rows hold their addresses."""
+    fixed: set[str] = set()
+    for entry in reversed(entries):
+        if entry.rows is not None:
+            fixed.update(name for name, _ in entry.step.inputs if name)
+        elif entry.is_view and fixed.intersection(entry.step.outputs):
+            fixed.update(_changing(entry.step, plan))
+    return fixed
+
+
+def _changing(step: Step, plan: Plan) -> list[str]:
+    """The inputs of a step that are not initializers."""
+    fixed = plan.graph.initializers
+    return [name for name, _ in step.inputs if name and name not in fixed]
+
+
 def _is_slot(value: Any) -> bool:
     return hasattr(value, "reserve")
+
+
+def _same_kind(place: Any, value: Any) -> bool:
+    """Whether a value has the shape and type of a place for it."""
+    return (
+        isinstance(value, np.ndarray) and value.shape == place.shape and value.dtype == place.dtype
+    )
 
 
 def _owned(result: Any) -> Any:
@@ -160,13 +227,10 @@ def _is_still_view(
     step: Step, plan: Plan, results: Sequence[Any], arguments: Sequence[Any]
 ) -> bool:
     """Whether the results will always be the same look at the one argument that changes."""
-    fixed = plan.graph.initializers
-    changing = [
-        a for a, (name, _) in zip(arguments, step.inputs, strict=True) if name and name not in fixed
-    ]
-    return len(changing) == 1 and all(
-        isinstance(r, np.ndarray)
-        and isinstance(changing[0], np.ndarray)
-        and np.may_share_memory(r, changing[0])
-        for r in results
+    names = _changing(step, plan)
+    if len(names) != 1:
+        return False
+    changing = next(a for a, (n, _) in zip(arguments, step.inputs, strict=True) if n == names[0])
+    return isinstance(changing, np.ndarray) and all(
+        isinstance(r, np.ndarray) and np.may_share_memory(r, changing) for r in results
     )

@@ -99,7 +99,7 @@ class Session:
         self._lock = threading.Lock()
         self._closed = False
         self._replay: Replay | None = None
-        self._recordings_left = 2  # a graph whose shapes follow the position never fits again
+        self._recordings_left = 2  # tables whose shapes follow the position never fit again
         self._decode = internal("Decode")
         self._set_threads = internal("Threads")
 
@@ -151,16 +151,20 @@ class Session:
         """
         if trace.current() is not None or not getattr(self.provider, "in_place", False):
             return None
-        if self._replay is not None and self._replay.fits(feeds, wanted):
-            if self._replay.run(feeds, stop):
-                return self._replay.values
+        known = self._replay
+        if known is not None and known.fits(feeds, wanted):
+            if known.run(feeds, stop):
+                return known.values
             self._replay = None
             self._recordings_left -= 1
         if self._recordings_left == 0 or not _is_token(feeds):
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
-        replay = Replay(self.plan, values, self._argument, internal("Table"), stop)
+        replay = Replay(
+            self.plan, values, self._argument, internal("Table"), stop,
+            previous=known.values if known is not None else None,
+        )  # fmt: skip
         self._replay = replay if replay.lowered else None
         return values
 
@@ -238,8 +242,10 @@ def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    in_place = bool(slots) and all(hasattr(slot, "address") for slot in slots)
-    return in_place and all(f.size == 1 for f in arrays)
+    if not slots or not all(hasattr(slot, "address") for slot in slots):
+        return False
+    total = slots[0].length + 1  # what an attention mask covers
+    return all(f.size in (1, total) for f in arrays)
 
 
 def _thread_count(threads: int | None) -> int:

@@ -148,9 +148,50 @@ def test_a_view_that_follows_the_position_is_taken_anew() -> None:
     assert fast.session._replay is not None
 
 
-def test_a_graph_whose_shapes_follow_the_position_is_not_recorded_for_ever(tmp_path: Path) -> None:
+def is_replaying(model: LanguageModel) -> bool:
+    before = model.session._replay
+    model.feed([1])
+    return before is not None and model.session._replay is before
+
+
+def test_a_window_beside_tables(tmp_path: Path) -> None:
+    """Its mask and its Attention grow with the position; the rest is tables all the same."""
     write_gguf(tmp_path / "window.gguf", Tiny(context=128, window=16), "F32")
     fast, slow = replaying(tmp_path / "window.gguf"), plain(tmp_path / "window.gguf")
     for i in range(40):  # beyond the window
         same(fast.feed([i]), slow.feed([i]))
-    assert fast.session._recordings_left == 0
+    assert is_replaying(fast)
+
+
+@pytest.mark.parametrize("name", [
+    "llama_gqa_op14", "mistral_sw8_op14", "llama_gqa_dyn23", "onnxstream_llama_small",
+])  # fmt: skip
+def test_exports_with_a_mask_are_replayed(name: str) -> None:
+    model = Path(__file__).parent / "fixtures" / "models" / name
+    fast, slow = replaying(model, 2), plain(model)
+    for ids in (IDS, *([i] for i in range(1, 20))):
+        same(fast.feed(ids), slow.feed(ids))
+    assert is_replaying(fast)
+
+
+def test_a_graph_whose_tables_never_fit_again_is_given_up(path: Path) -> None:
+    model = replaying(path)
+    model.feed([1])
+    for _ in range(2):
+        assert model.session._replay is not None
+        model.session._replay.run = lambda feeds, stop: False  # type: ignore[method-assign]
+        model.feed([2])
+    assert model.session._replay is None
+    model.feed([3])
+    assert model.session._replay is None
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_views_between_rows_stay_inside_a_table(tmp_path: Path, architecture: str) -> None:
+    write_gguf(tmp_path / "q.gguf", Tiny(architecture=architecture, context=128), "F32")
+    fast, slow = replaying(tmp_path / "q.gguf"), plain(tmp_path / "q.gguf")
+    for i in range(12):
+        same(fast.feed([i]), slow.feed([i]))
+    assert is_replaying(fast)
+    replay = fast.session._replay
+    assert replay is not None and sum(hasattr(p, "step") for p in replay._parts) <= 6
