@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UnsupportedError
 from .graph import Graph, Value
 from .passes.kvcache import CachePair
+from .weights import numpy_dtype
 
 GROWTH = 256  # positions; also the least capacity
 
@@ -27,11 +29,15 @@ class KVSlot:
 
     Keys are stored transposed, (KV, D, capacity); values as (KV, capacity, D padded to 32).
     `reserve` makes room; `length` is how many positions count, and may be set back. A run writes
-    behind it and leaves it alone: what it wrote counts when the caller says so.
+    behind it and leaves it alone: what it wrote counts when the caller says so. As an array it is
+    of `dtype`, the graph's.
     """
 
-    def __init__(self, kind: str, heads: int, size: int) -> None:
+    def __init__(
+        self, kind: str, heads: int, size: int, dtype: np.dtype[Any] | None = None
+    ) -> None:
         self.kind, self.heads, self.size = kind, heads, size
+        self.dtype = np.dtype(np.float32) if dtype is None else dtype
         self.padded = -(-size // 32) * 32
         self.length = self.capacity = 0
         self.array: np.ndarray[Any, Any] = np.zeros(0, np.float16)
@@ -74,7 +80,7 @@ class KVSlot:
             filled = self.array.reshape(self.heads, self.size, -1).transpose(0, 2, 1)
         else:
             filled = self.array.reshape(self.heads, -1, self.padded)[:, :, : self.size]
-        return filled[None, :, : self.length].astype(dtype or np.float32)
+        return filled[None, :, : self.length].astype(dtype or self.dtype)
 
 
 class ArraySlot:
@@ -159,14 +165,28 @@ def bytes_per_position(graph: Graph, pairs: Sequence[CachePair]) -> int:
     return total * 5 // 4
 
 
+def bytes_at(graph: Graph, pairs: Sequence[CachePair], positions: int) -> int:
+    """The most that a cache takes on its way to so many positions, in bytes: the slots with their
+    room to grow, and one that moves."""
+    sizes = []
+    for slot in KVCache(graph, pairs).slots.values():
+        slot.reserve(GROWTH)
+        sizes.append(slot.nbytes // slot.capacity * _capacity(positions))
+    return sum(sizes) + max(sizes, default=0)
+
+
 def _kv_slot(value: Value, pair: CachePair) -> KVSlot:
-    _, heads, _, size = value.shape or (1, 0, None, 0)
-    assert isinstance(heads, int) and isinstance(size, int)
-    return KVSlot(pair.kind, heads, size)
+    _, heads, _, size = value.shape or (None,) * 4
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise UnsupportedError(
+            f"the input {value.name} has the shape {value.shape}: its heads and their size must be "
+            "numbers; export the model with them fixed"
+        )
+    return KVSlot(pair.kind, heads, size, numpy_dtype(value.dtype))
 
 
 def _array_slot(value: Value) -> ArraySlot:
     shape = value.shape or ()
     axis = next((i for i, n in enumerate(shape) if i and not isinstance(n, int)), 2)
     sizes = [n if isinstance(n, int) else 1 for n in shape]
-    return ArraySlot(sizes, axis, np.dtype(value.dtype))
+    return ArraySlot(sizes, axis, numpy_dtype(value.dtype))

@@ -15,21 +15,22 @@ import numpy as np
 from . import passes
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_per_position
+from .kvcache import ArraySlot, KVCache, bytes_at
+from .loading import prompt_chunk
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
-CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 DEFAULT_CONTEXT = 4096  # for models that do not say
-RESERVED_POSITIONS = 4096  # of the cache, counted when memory is planned; it grows as needed
+RESERVED_POSITIONS = 4096  # of the cache, when there is no budget to keep; it grows as needed
 
 
 class LanguageModel:
     """Feeds ids to a causal language model and keeps what it has read.
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
-    order; `context` how many fit. One caller at a time.
+    order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
+    budget for the whole process, the memory of a full context is set aside. One caller at a time.
     """
 
     def __init__(
@@ -54,11 +55,7 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        positions = min(self.context, RESERVED_POSITIONS)
-        self.session = Session(
-            self.graph, load=load, ram=_bytes(ram), threads=threads, device=device, optimize=False,
-            reserve=positions * bytes_per_position(self.graph, pairs), progress=progress,
-        )  # fmt: skip
+        self.chunk = prompt_chunk(self.graph)
         self._cache = KVCache(self.graph, pairs)
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
@@ -71,6 +68,11 @@ class LanguageModel:
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
+        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
+        self.session = Session(
+            self.graph, load=load, ram=_bytes(ram), threads=threads, device=device, optimize=False,
+            reserve=bytes_at(self.graph, pairs, positions), progress=progress,
+        )  # fmt: skip
 
     @property
     def vocab_size(self) -> int:
@@ -107,8 +109,8 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
-        for start in range(0, len(ids), CHUNK):
-            logits = self._pass([int(i) for i in ids[start : start + CHUNK]], stop)
+        for start in range(0, len(ids), self.chunk):
+            logits = self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
         return logits
 
     def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:

@@ -152,6 +152,8 @@ def _kernels(step: Step, graph: Graph) -> list[str]:
             continue
         for ref in step.weights:
             encoding = ref.dtype if ref.encoding == "raw" else ref.encoding
+            if encoding == ref.dtype and template == "decode_{encoding}":
+                continue  # plain elements are read as they are
             by_rows = ref.transposed != bool(step.attributes.get("transB"))
             order = "rows" if by_rows else "columns"
             names.append(template.format(encoding=encoding, order=order))

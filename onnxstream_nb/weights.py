@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -105,12 +106,18 @@ class WeightsProvider(Protocol):
     def release(self, ref: WeightRef) -> None: ...
 
 
+def _close_all(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 class _Files:
-    """Open files by path: positioned reads, with errors that name the file."""
+    """Open files by path, closed when it is dropped. Positioned reads; errors name the file."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._open)
 
     def descriptor(self, path: Path) -> int:
         with self._lock:
@@ -137,9 +144,7 @@ class _Files:
         return buffer
 
     def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
+        _close_all(self._open)
 
 
 def _truncated(ref: WeightRef) -> ModelError:
@@ -177,32 +182,26 @@ class DiskProvider:
         self._files.close()
 
 
-class PrefetchProvider:
-    """Reads ahead in execution order on its own thread, within a number of bytes."""
+class _ReadAhead:
+    """What a PrefetchProvider and its thread share: the thread may not keep the provider alive."""
 
-    def __init__(self, ahead: int = 64_000_000) -> None:
-        self._disk = DiskProvider()
+    def __init__(self, ahead: int) -> None:
+        self.disk = DiskProvider()
         self._ahead = ahead
-        self._queue: list[WeightRef] = []
+        self._queue: list[WeightRef] = []  # uses announced and not asked for yet, in order
         self._ready: OrderedDict[tuple[object, ...], np.ndarray[Any, Any] | BaseException] = (
             OrderedDict()
         )
         self._held = 0
         self._change = threading.Condition()
         self._closed = False
-        self._announced: set[tuple[object, ...]] = set()
         self._reading: tuple[object, ...] | None = None
         self._thread: threading.Thread | None = None
 
-    @property
-    def bytes_read(self) -> int:
-        return self._disk.bytes_read
-
-    def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """The order in which weights will be asked for; replaces what was announced before."""
+    def announce(self, refs: Sequence[WeightRef]) -> None:
+        """Replace the queue, and forget what it does not want."""
         with self._change:
             self._queue = [r for r in refs if isinstance(r.source, Path)]
-            self._announced = {r.key for r in self._queue}
             keep = self._window()
             for key, found in list(self._ready.items()):
                 if key not in keep or isinstance(found, BaseException):
@@ -224,10 +223,9 @@ class PrefetchProvider:
 
     def _next(self) -> WeightRef | None:
         """The next reference to read, when there is room for it."""
-        while self._queue and self._queue[0].key in self._ready:
-            self._queue.pop(0)
-        if self._queue and (self._held == 0 or self._held + self._queue[0].nbytes <= self._ahead):
-            return self._queue.pop(0)
+        ref = next((r for r in self._queue if r.key not in self._ready), None)
+        if ref is not None and (self._held == 0 or self._held + ref.nbytes <= self._ahead):
+            return ref
         return None
 
     def _work(self) -> None:
@@ -242,41 +240,70 @@ class PrefetchProvider:
                 self._reading = ref.key
             result: np.ndarray[Any, Any] | BaseException
             try:
-                result = self._disk.get(ref).buffer
+                result = self.disk.get(ref).buffer
             except BaseException as error:  # handed to the thread that asks for the weight
                 result = error
             with self._change:
-                if ref.key in self._announced:
+                if any(r.key == ref.key for r in self._queue):
                     self._ready[ref.key] = result
                     self._held += 0 if isinstance(result, BaseException) else result.nbytes
                 self._reading = None
                 self._change.notify_all()
             del result  # or this thread would keep the bytes until the next read
 
-    def get(self, ref: WeightRef) -> Weight:
+    def take(self, ref: WeightRef) -> np.ndarray[Any, Any] | None:
+        """The bytes that were read ahead, or are being read; None when the caller has to."""
         with self._change:
             while self._reading == ref.key:
                 self._change.wait()
-            if ref.key in self._ready:
-                found = self._ready[ref.key]
+            first = next((i for i, r in enumerate(self._queue) if r.key == ref.key), None)
+            if first is not None:  # this use only: a tied weight comes again
+                del self._queue[first]
+            found = self._ready.get(ref.key)
+            if found is not None:
                 self._drop(ref.key)
                 self._change.notify_all()
-                if isinstance(found, BaseException):
-                    raise found
-                return Weight(ref, found)
-            self._queue = [r for r in self._queue if r.key != ref.key]
-        return self._disk.get(ref)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def stop(self) -> None:
+        """Let the thread end after the read it is at."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+
+    def close(self) -> None:
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+        self.disk.close()
+
+
+class PrefetchProvider:
+    """Reads ahead in execution order on its own thread, within a number of bytes."""
+
+    def __init__(self, ahead: int = 64_000_000) -> None:
+        self._state = _ReadAhead(ahead)
+        weakref.finalize(self, self._state.stop)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._state.disk.bytes_read
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """The order in which weights will be asked for; replaces what was announced before."""
+        self._state.announce(refs)
+
+    def get(self, ref: WeightRef) -> Weight:
+        found = self._state.take(ref)
+        return self._state.disk.get(ref) if found is None else Weight(ref, found)
 
     def release(self, ref: WeightRef) -> None:
         """The bytes were handed over by `get`; nothing is kept."""
 
     def close(self) -> None:
-        with self._change:
-            self._closed = True
-            self._change.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-        self._disk.close()
+        self._state.close()
 
 
 class MmapProvider:

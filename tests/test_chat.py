@@ -284,9 +284,9 @@ def test_clear_forgets_but_keeps_the_system_prompt_and_the_saved_chat() -> None:
     talk.conversation.system = "s"
     talk.say("one", "/clear")
     assert talk.conversation.window() == [{"role": "system", "content": "s"}]
-    assert len(saved_chats.names()) == 1
+    assert len(saved_chats.chat_names()) == 1
     talk.say("two")
-    assert len(saved_chats.names()) == 2
+    assert len(saved_chats.chat_names()) == 2
 
 
 def test_bye_leaves() -> None:

@@ -81,7 +81,7 @@ def test_continue_goes_on_with_the_last_chat() -> None:
     done = piped("/show history\n/show system\nsecond\n", "--continue")
     assert done.stdout == "user: first\nassistant: FIRST\nshort\nSECOND\n"
     assert "2 messages" in done.stderr
-    assert len(saved_chats.names()) == 1
+    assert len(saved_chats.chat_names()) == 1
 
 
 # A pseudo-terminal
@@ -182,8 +182,8 @@ def test_ctrl_c_stops_the_reply_and_ctrl_d_leaves(
     chat.expect(">>>")
     chat.send("\x04")
     assert chat.wait() == 0
-    [name] = saved_chats.names()
-    messages = saved_chats.load(name).messages
+    [name] = saved_chats.chat_names()
+    messages = saved_chats.load_chat(name).messages
     assert [m["content"] for m in messages][2:] == ["still alive", "STILL ALIVE"]
     assert messages[1]["content"].startswith("Paragraph 0")
 

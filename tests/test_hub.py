@@ -156,7 +156,7 @@ def test_a_second_process_waits_for_the_first(server: Hub) -> None:
     repository = server.repositories[REPO] = shards()
     notes: list[str] = []
     with ThreadPoolExecutor(1) as pool:
-        with store.lock(REPO, store.Reporter(None)):
+        with store.hold_lock(REPO, store.Reporter(None)):
             waiting = pool.submit(hub.resolve, REPO, progress=lambda p: notes.append(p.note))
             wait_for(lambda: notes)
             with pytest.raises(TimeoutError):
@@ -283,7 +283,7 @@ def test_a_full_disk_is_seen_before_the_download(
 ) -> None:
     server.repositories[REPO] = shards()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: USAGE(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(DownloadError, match=r"needs 1.2 MB .* 1.0 MB are free: .*HF_HOME"):
+    with pytest.raises(DownloadError, match=r"needs 1.21 MB .* 1.00 MB are free: .*HF_HOME"):
         hub.resolve(REPO)
     assert not [r for r in server.log if "/resolve/" in r.path]
 
@@ -294,7 +294,7 @@ def test_a_model_beyond_memory_is_remarked(server: Hub, monkeypatch: pytest.Monk
     notes: list[str] = []
     hub.resolve(REPO, progress=lambda p: notes.append(p.note))
     assert [n for n in notes if n] == [
-        f"{REPO} (1.2 MB) is larger than this machine's memory (1.0 MB): "
+        f"{REPO} (1.20 MB) is larger than this machine's memory (1.00 MB): "
         "its weights will be streamed from disk"
     ]
 

@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "sampling": set(),
     "tokenizer": {"formats"},
     "session": {"formats", "passes", "weights", "kvcache", "registry", "trace"},
-    "kvcache": {"passes"},
+    "kvcache": {"passes", "weights"},
     "weights": set(),
     "formats": set(),
     "passes": set(),

@@ -14,7 +14,6 @@ from llama_oracle import Tiny, logits
 from llm_checks import FLOAT16_CACHE, Countdown, near
 from onnx_models import refusal
 
-from onnxstream_nb import llm
 from onnxstream_nb.errors import Interrupted, OnnxstreamError, UsageError
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.session import Session
@@ -154,10 +153,10 @@ def test_two_models_in_two_threads(odd: tuple[Path, Array]) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 19, 20])
 def test_a_prompt_in_chunks(
-    chunk: int, odd: tuple[Path, Array], model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    chunk: int, odd: tuple[Path, Array], model: LanguageModel
 ) -> None:
     one_pass = model.feed(IDS)
-    monkeypatch.setattr(llm, "CHUNK", chunk)
+    model.chunk = chunk
     model.rewind(0)
     near(model.feed(IDS), one_pass, 1e-3)  # earlier chunks are read back in float16
     near(model.feed([5]), logits_after(odd, model), FLOAT16_CACHE)
@@ -240,10 +239,10 @@ def test_ids_outside_the_vocabulary(
 @pytest.mark.parametrize("load", ["stream", "mmap"])
 @pytest.mark.parametrize("after", [0, 1, 20, 47, 60, 100, 133])
 def test_stopping_in_a_prompt(
-    after: int, load: str, odd: tuple[Path, Array], monkeypatch: pytest.MonkeyPatch
+    after: int, load: str, odd: tuple[Path, Array]
 ) -> None:
-    monkeypatch.setattr(llm, "CHUNK", 6)
     model = LanguageModel(odd[0], load=load)
+    model.chunk = 6
     with pytest.raises(Interrupted):
         model.feed(IDS, Countdown(after))
     kept = len(model.tokens)
@@ -251,6 +250,7 @@ def test_stopping_in_a_prompt(
     assert {slot.length for slot in model._cache.slots.values()} == {kept}
     resumed = model.feed(IDS[kept:])
     fresh = LanguageModel(odd[0], load=load)
+    fresh.chunk = 6
     np.testing.assert_array_equal(resumed, fresh.feed(IDS))
     np.testing.assert_array_equal(model.feed([8]), fresh.feed([8]))
     model.close()

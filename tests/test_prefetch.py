@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import threading
 import time
@@ -165,6 +167,38 @@ def test_closing_while_it_waits_for_room(tmp_path: Path, reads: Reads) -> None:
     reads.settle(1)
     provider.close()
     assert threading.active_count() == before
+
+
+def test_a_provider_that_is_dropped_ends_its_thread(tmp_path: Path, reads: Reads) -> None:
+    """Whether it waits for room, for work, or was never asked to read ahead."""
+    refs = cut(tmp_path / "a.bin", (50, 60))
+    before, files = threading.active_count(), len(os.listdir("/dev/fd"))
+    for ahead, read in ((10, 1), (AHEAD, 3)):
+        provider = PrefetchProvider(ahead)
+        provider.prefetch(refs)
+        reads.settle(read)
+        del provider
+        gc.collect()
+        until(lambda: threading.active_count() == before)
+    assert taken(PrefetchProvider(AHEAD), refs[0]) == expected(refs[0])
+    until(lambda: len(os.listdir("/dev/fd")) == files and reads.alive == 0)
+
+
+def test_a_tied_weight_is_read_ahead_each_time(tmp_path: Path, reads: Reads) -> None:
+    """Also when its first use came before the thread did."""
+    first, tied, between = cut(tmp_path / "a.bin", (50, 60, 70))
+    reads.gate.clear()
+    with closing(PrefetchProvider(AHEAD)) as provider:
+        provider.prefetch([first, tied, between, tied])
+        until(lambda: reads.begun == 1)
+        asking = threading.Thread(target=lambda: taken(provider, tied))
+        asking.start()
+        until(lambda: reads.begun == 2)
+        reads.gate.set()
+        asking.join(WAIT)
+        until(lambda: sorted(reads.names) == ["a.0", "a.1", "a.1", "a.2"])
+        assert taken(provider, tied) == expected(tied)
+        assert len(reads.names) == 4
 
 
 def test_many_threads_ask(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def test_every_turn_is_saved(data_folder: Path) -> None:
     talk = Talk()
     talk.conversation.system = "s"
     talk.say("hé", "/set temperature 0")
-    [name] = saved_chats.names()
+    [name] = saved_chats.chat_names()
     assert saved_chats.is_automatic(name)
     stored = json.loads((data_folder / "chats" / f"{name}.json").read_text("utf-8"))
     assert stored == {
@@ -39,8 +39,8 @@ def test_the_message_is_on_disk_before_the_reply_comes() -> None:
     seen: list[list[dict[str, str]]] = []
 
     def answer(message: str) -> str:
-        [name] = saved_chats.names()
-        seen.append(saved_chats.load(name).messages)
+        [name] = saved_chats.chat_names()
+        seen.append(saved_chats.load_chat(name).messages)
         return "ok"
 
     Talk(answer).say("hello")
@@ -50,7 +50,7 @@ def test_the_message_is_on_disk_before_the_reply_comes() -> None:
 def test_save_and_load_by_name() -> None:
     talk = Talk()
     talk.say("/set stop STOP", '/set logit_bias {"30": 1}', "/system s", "one", "/save my chat")
-    assert saved_chats.names() == ["my chat"]
+    assert saved_chats.chat_names() == ["my chat"]
     other = Talk()
     other.say("/load my chat")
     assert other.said == ["one", "ONE"]
@@ -58,7 +58,7 @@ def test_save_and_load_by_name() -> None:
     assert other.conversation.settings == {"stop": ("STOP",), "logit_bias": {30: 1.0}}
     assert other.err == "going on with my chat · 2 messages\n"
     other.say("/set logit_bias none", "two")
-    assert saved_chats.load("my chat").messages[-1]["content"] == "TWO"
+    assert saved_chats.load_chat("my chat").messages[-1]["content"] == "TWO"
     other.say("/load")
     assert other.out == "TWO\nsaved chats\nmy chat\n"
 
@@ -66,14 +66,14 @@ def test_save_and_load_by_name() -> None:
 def test_saving_under_a_second_name_keeps_the_first() -> None:
     talk = Talk()
     talk.say("one", "/save a", "two", "/save b", "three")
-    assert set(saved_chats.names()) == {"a", "b"}
-    assert len(saved_chats.load("a").messages) == 4
-    assert len(saved_chats.load("b").messages) == 6
+    assert set(saved_chats.chat_names()) == {"a", "b"}
+    assert len(saved_chats.load_chat("a").messages) == 4
+    assert len(saved_chats.load_chat("b").messages) == 6
 
 
 def test_a_chat_that_ended_before_the_reply_can_go_on() -> None:
     chat = saved_chats.SavedChat("c", "fake", messages=[{"role": "user", "content": "open"}])
-    saved_chats.save(chat)
+    saved_chats.save_chat(chat)
     talk = Talk()
     talk.say("/load c", "/regen")
     assert talk.said == ["open", "OPEN"]
@@ -87,11 +87,11 @@ def test_a_damaged_file_is_named(data_folder: Path, content: str) -> None:
     (data_folder / "chats").mkdir(parents=True)
     (data_folder / "chats" / "bad.json").write_text(content)
     with pytest.raises(UsageError, match=r"cannot read the chat .*bad\.json: .*; delete the file"):
-        saved_chats.load("bad")
+        saved_chats.load_chat("bad")
 
 
 def test_bad_settings_in_a_file_are_refused_and_change_nothing() -> None:
-    saved_chats.save(saved_chats.SavedChat("c", "fake", settings={"temperature": "x"}))
+    saved_chats.save_chat(saved_chats.SavedChat("c", "fake", settings={"temperature": "x"}))
     talk = Talk()
     talk.say("one", "/load c")
     assert talk.said == ["one", "ONE"]

@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import UsageError
 from ..ui import Terminal, footer_parts
 from ..ui.text import join_within
-from . import saved as saved_chats
 from .conversation import Conversation, default_settings
+from .saved import SavedChat, chat_names, load_chat
 
 _STATS_WIDTH = 60
 
@@ -223,14 +223,14 @@ def _save(conversation: Conversation, terminal: Terminal, argument: str) -> None
 
 def _load(conversation: Conversation, terminal: Terminal, argument: str) -> None:
     if not argument:
-        terminal.table([(name,) for name in saved_chats.names()], ("saved chats",))
+        terminal.table([(name,) for name in chat_names()], ("saved chats",))
         return
-    saved = saved_chats.load(argument)
+    saved = load_chat(argument)
     conversation.restore(saved)
     terminal.notice(*describe(saved, conversation.model.name))
 
 
-def describe(saved: saved_chats.SavedChat, model: str) -> list[str]:
+def describe(saved: SavedChat, model: str) -> list[str]:
     """The phrases that say which chat goes on."""
     other = [f"it was held with {saved.model}"] if saved.model != model else []
     return [f"going on with {saved.name}", f"{len(saved.messages)} messages", *other]

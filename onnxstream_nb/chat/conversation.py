@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..model import Generation, Model, Stats
-from . import saved as saved_chats
+from .saved import SavedChat, automatic_name, delete_chat, is_automatic, save_chat
 
 Message = dict[str, str]
 
@@ -23,7 +23,7 @@ class Conversation:
     system: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     messages: list[Message] = field(default_factory=list)
-    name: str = field(default_factory=saved_chats.automatic_name)
+    name: str = field(default_factory=automatic_name)
     start: int = 0
     unanswered: str | None = None
     last: Stats | None = None
@@ -80,24 +80,24 @@ class Conversation:
     def clear(self) -> None:
         """Begins anew under the same system prompt and settings; the old chat stays saved."""
         self.messages, self.start, self.unanswered = [], 0, None
-        self.name = saved_chats.automatic_name()
+        self.name = automatic_name()
 
     def save(self) -> None:
         """Writes the chat to disk if anything was said; OSError when that fails."""
         if self.messages:
-            saved_chats.save(self._saved())
+            save_chat(self._saved())
 
     def save_as(self, name: str) -> None:
         """Gives the chat a name of the user's and saves it; an automatic name goes."""
         if not self.messages:
             raise UsageError("there is nothing to save yet")
         old = self.name
-        saved_chats.save(replace(self._saved(), name=name))
+        save_chat(replace(self._saved(), name=name))
         self.name = name
-        if saved_chats.is_automatic(old):
-            saved_chats.delete(old)
+        if is_automatic(old):
+            delete_chat(old)
 
-    def restore(self, saved: saved_chats.SavedChat) -> None:
+    def restore(self, saved: SavedChat) -> None:
         """Takes over a saved chat: messages, system prompt and settings."""
         settings = _from_json(saved)
         self.system, self.settings, self.name = saved.system, settings, saved.name
@@ -112,10 +112,8 @@ class Conversation:
         check_settings(wanted)
         self.settings = wanted
 
-    def _saved(self) -> saved_chats.SavedChat:
-        return saved_chats.SavedChat(
-            self.name, self.model.name, self.system, self.settings, self.messages
-        )
+    def _saved(self) -> SavedChat:
+        return SavedChat(self.name, self.model.name, self.system, self.settings, self.messages)
 
     def _count(self, stats: Stats) -> None:
         self.last = stats
@@ -148,7 +146,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     SamplingParams(**{name: v for name, v in settings.items() if name != "max_tokens"})
 
 
-def _from_json(saved: saved_chats.SavedChat) -> dict[str, Any]:
+def _from_json(saved: SavedChat) -> dict[str, Any]:
     """Settings as they were before JSON made lists of tuples and texts of token ids."""
     settings = dict(saved.settings)
     try:

@@ -12,10 +12,10 @@ from .. import __version__
 from ..errors import Interrupted, OnnxstreamError
 from ..model import Generation, Model, Token
 from ..ui import Terminal
-from . import saved as saved_chats
 from .commands import ALIASES, COMMANDS, describe, run_command
 from .conversation import Conversation, check_settings
 from .line_input import Entry, LineInput, open_input
+from .saved import chat_names, data_folder, load_chat, private_folder
 from .worker import Insisted, Worker, interrupts, no_echo
 
 INTERRUPTED = 130
@@ -89,7 +89,7 @@ def _converse(model: Model, worker: Worker, terminal: Terminal, options: ChatOpt
     conversation = Conversation(model, options.system, options.settings())
     if options.resume:
         _resume(conversation, terminal, options)
-    folder = saved_chats.private_folder(saved_chats.data_folder())
+    folder = private_folder(data_folder())
     commands = [f"/{name}" for name in (*COMMANDS, *ALIASES)]
     source = open_input(folder / "history", commands)
     chat = Chat(conversation, worker, terminal, source, options.show_prompt)
@@ -100,11 +100,11 @@ def _converse(model: Model, worker: Worker, terminal: Terminal, options: ChatOpt
 
 
 def _resume(conversation: Conversation, terminal: Terminal, options: ChatOptions) -> None:
-    last = next(iter(saved_chats.names()), None)
+    last = next(iter(chat_names()), None)
     if last is None:
         terminal.notice("there is no saved chat to go on with: a new one begins")
         return
-    saved = saved_chats.load(last)
+    saved = load_chat(last)
     conversation.restore(saved)
     conversation.change(**options.settings())
     if options.system is not None:

@@ -61,7 +61,7 @@ def private_folder(folder: Path) -> Path:
     return folder
 
 
-def save(chat: SavedChat) -> Path:
+def save_chat(chat: SavedChat) -> Path:
     """Writes the chat beside its old version, then replaces that; returns the file."""
     path = path_of(chat.name)
     private_folder(path.parent)
@@ -75,25 +75,25 @@ def save(chat: SavedChat) -> Path:
     return path
 
 
-def load(name: str) -> SavedChat:
+def load_chat(name: str) -> SavedChat:
     """Reads the chat `name`; UsageError when there is none or its file is damaged."""
     path = path_of(name)
     try:
         return _parse(json.loads(path.read_text("utf-8")), name)
     except FileNotFoundError:
-        known = ", ".join(n for n in names() if not is_automatic(n)) or "none"
+        known = ", ".join(n for n in chat_names() if not is_automatic(n)) or "none"
         raise UsageError(f"there is no saved chat {name!r}; saved are: {known}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"cannot read the chat {path}: {error}; delete the file") from error
 
 
-def names() -> list[str]:
+def chat_names() -> list[str]:
     """The names of all saved chats, the last used one first."""
     files = (data_folder() / "chats").glob("[!.]*.json")
     return [f.stem for f in sorted(files, key=lambda f: f.stat().st_mtime_ns, reverse=True)]
 
 
-def delete(name: str) -> None:
+def delete_chat(name: str) -> None:
     """Removes the chat's file, if there is one."""
     path_of(name).unlink(missing_ok=True)
 

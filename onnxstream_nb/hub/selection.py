@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from ..device import format_size
 from ..errors import DownloadError, UnsupportedError, UsageError
-from .store import size_text
 
 QUANTISATIONS = (
     "Q4_K_M", "Q8_0", "Q5_K_M", "Q6_K", "Q4_K_S", "Q5_K_S", "Q4_1", "Q4_0", "F16", "BF16",
@@ -223,7 +223,7 @@ class _Files:
     def listing(self, paths: list[str]) -> str:
         """Paths with sizes (a folder's has none), the first of them when there are many."""
         shown = [
-            f"{path} ({size_text(self.sizes[path])})" if path in self.sizes else path or "."
+            f"{path} ({format_size(self.sizes[path])})" if path in self.sizes else path or "."
             for path in sorted(paths)[:_LISTED]
         ]
         rest = [f"and {len(paths) - _LISTED} more"] if len(paths) > _LISTED else []

@@ -176,7 +176,7 @@ def _record_path(name: str, *, partial: bool) -> Path:
     return cache_dir() / "models" / (slug(name) + suffix)
 
 
-def read(name: str, *, partial: bool = False) -> Copy | None:
+def read_record(name: str, *, partial: bool = False) -> Copy | None:
     """The record of a finished copy, or of one that is being fetched (`partial`)."""
     return _parse(_record_path(name, partial=partial))
 
@@ -191,7 +191,7 @@ def _parse(path: Path) -> Copy | None:
         return None
 
 
-def write(copy: Copy, *, partial: bool = False) -> None:
+def write_record(copy: Copy, *, partial: bool = False) -> None:
     """Store a record. A finished one replaces that of the pull that it ends."""
     path = _record_path(copy.name, partial=partial)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def write(copy: Copy, *, partial: bool = False) -> None:
         _record_path(copy.name, partial=True).unlink(missing_ok=True)
 
 
-def forget(name: str) -> None:
+def forget_records(name: str) -> None:
     """Remove a model's records, not its files."""
     for partial in (False, True):
         _record_path(name, partial=partial).unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def records() -> list[tuple[Copy, bool]]:
 
 
 @contextmanager
-def lock(name: str, reporter: Reporter) -> Iterator[None]:
+def hold_lock(name: str, reporter: Reporter) -> Iterator[None]:
     """Hold the lock of a repository or model, so that two processes do not fetch the same."""
     from filelock import FileLock, Timeout
 
@@ -245,19 +245,12 @@ def lock(name: str, reporter: Reporter) -> Iterator[None]:
 
 def check_disk(folder: Path, needed: int, what: str, variable: str) -> None:
     """Raise DownloadError when `needed` bytes do not fit on the disk that will hold `folder`."""
-    from ..device import disk_free
+    from ..device import disk_free, format_size
 
     free = disk_free(folder)
     if needed > free:
         raise DownloadError(
-            f"{what} needs {size_text(needed)} on the disk of {folder}, where {size_text(free)} "
-            f"are free: free some, or set {variable} to a folder on a larger disk"
+            f"{what} needs {format_size(needed)} on the disk of {folder}, where "
+            f"{format_size(free)} are free: free some, or set {variable} to a folder on a larger "
+            "disk"
         )
-
-
-def size_text(size: int) -> str:
-    """A size in bytes for people: MB = 10^6 bytes, GB = 10^9."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

