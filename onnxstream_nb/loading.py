@@ -19,7 +19,7 @@ from .weights import (
 )
 
 MARGIN = 0.1  # of the free memory, left to the rest of the machine
-BASE = 32_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
+BASE = 24_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
 ARRAYS = 5  # a pass's widest moment, in inputs and outputs of its largest product (gate * up: 4)
 CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 LEAST_CHUNK = 32
@@ -111,8 +111,8 @@ def _budget(plan: Plan, ram: int, reserve: int) -> WeightsProvider:
         if _held([*pinned, ref], refs) <= room:
             pinned.append(ref)
     if _held(pinned, refs) > room:
-        largest = max(refs, key=lambda ref: ref.nbytes)
-        raise _too_little(ram, used, min(_held([], refs), _held([largest], refs)), reserve)
+        largest = sorted(refs, key=lambda ref: ref.nbytes)[-1:]
+        raise _too_little(ram, used, min(_held([], refs), _held(largest, refs)), reserve)
     return BudgetProvider(pinned, ahead=_window(pinned, refs) // 2)
 
 

@@ -294,7 +294,7 @@ def test_a_model_beyond_memory_is_remarked(server: Hub, monkeypatch: pytest.Monk
     notes: list[str] = []
     hub.resolve(REPO, progress=lambda p: notes.append(p.note))
     assert [n for n in notes if n] == [
-        f"{REPO} (1.20 MB) is larger than this machine's memory (1.00 MB): "
+        f"{REPO} (1.21 MB) is larger than this machine's memory (1.00 MB): "
         "its weights will be streamed from disk"
     ]
 

@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, load_from_string
-from onnx_models import make, run, value
+from onnx_models import make, refusal, run, value
 
+from onnxstream_nb.errors import UnsupportedError
 from onnxstream_nb.formats import load_bytes
 from onnxstream_nb.graph import Graph, Node, Value
-from onnxstream_nb.kvcache import ArraySlot, KVCache, KVSlot, bytes_per_position
+from onnxstream_nb.kvcache import ArraySlot, KVCache, KVSlot, bytes_at, bytes_per_position
 from onnxstream_nb.passes.kvcache import CachePair
 from onnxstream_nb.session import Session
+from onnxstream_nb.weights import numpy_dtype
 
 Array = np.ndarray[Any, Any]
 
@@ -232,6 +234,42 @@ def test_bytes_per_position() -> None:
     # Values of 24 are padded to 32; a quarter more, as the slots grow by.
     assert bytes_per_position(graph, pairs) == 2 * 2 * (40 + 32) * 5 // 4
     assert bytes_per_position(graph, []) == 0
+
+
+@pytest.mark.parametrize("reader", ["Attention", "Concat"])
+@pytest.mark.parametrize("positions", [1, 256, 1000, 4097])
+def test_bytes_at_are_never_exceeded(positions: int, reader: str) -> None:
+    graph, pairs = _cache_graph(reader)
+    cache, most = KVCache(graph, pairs), 0
+    for length in range(1, positions + 1):
+        for slot in cache.slots.values():
+            before = slot.nbytes
+            slot.reserve(length)
+            slot.length = length
+            most = max(most, cache.nbytes + (before if slot.nbytes != before else 0))
+    assert cache.nbytes <= most <= bytes_at(graph, pairs, positions) <= 4 * cache.nbytes
+    assert bytes_at(graph, [], positions) == 0
+
+
+def test_heads_that_are_no_number() -> None:
+    graph, pairs = _cache_graph("Attention")
+    for shape in ((1, "heads", "past", 40), (1, 2, "past", None), None):
+        odd = Value("past.key", "float32", shape)
+        changed = graph.with_(inputs=(graph.inputs[0], odd, graph.inputs[2]))
+        message = refusal(lambda g=changed: KVCache(g, pairs), UnsupportedError)
+        assert "past.key" in message
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("reader", ["Attention", "Concat"])
+def test_a_past_has_the_type_that_the_graph_declares(dtype: str, reader: str) -> None:
+    graph, pairs = _cache_graph(reader)
+    inputs = tuple(Value(v.name, dtype, v.shape) for v in graph.inputs)
+    for slot in KVCache(graph.with_(inputs=inputs), pairs).slots.values():
+        slot.reserve(3)
+        slot.length = 3
+        assert np.asarray(slot).dtype == numpy_dtype(dtype)
+        assert np.asarray(slot, np.float32).dtype == np.float32
 
 
 def test_onnxruntime_agrees_on_the_layout_of_past() -> None:

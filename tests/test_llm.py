@@ -152,9 +152,7 @@ def test_two_models_in_two_threads(odd: tuple[Path, Array]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 19, 20])
-def test_a_prompt_in_chunks(
-    chunk: int, odd: tuple[Path, Array], model: LanguageModel
-) -> None:
+def test_a_prompt_in_chunks(chunk: int, odd: tuple[Path, Array], model: LanguageModel) -> None:
     one_pass = model.feed(IDS)
     model.chunk = chunk
     model.rewind(0)
@@ -238,9 +236,7 @@ def test_ids_outside_the_vocabulary(
 
 @pytest.mark.parametrize("load", ["stream", "mmap"])
 @pytest.mark.parametrize("after", [0, 1, 20, 47, 60, 100, 133])
-def test_stopping_in_a_prompt(
-    after: int, load: str, odd: tuple[Path, Array]
-) -> None:
+def test_stopping_in_a_prompt(after: int, load: str, odd: tuple[Path, Array]) -> None:
     model = LanguageModel(odd[0], load=load)
     model.chunk = 6
     with pytest.raises(Interrupted):

@@ -81,6 +81,16 @@ def test_an_input_that_nobody_feeds(tmp_path: Path) -> None:
     assert "'temperature'" in message and "input_ids" in message
 
 
+def test_nothing_is_opened_for_a_graph_that_cannot_be_fed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proto, _, _ = _summing(extra="temperature")
+    opened: list[object] = []
+    monkeypatch.setattr("onnxstream_nb.llm.Session", lambda *_, **__: opened.append(None))
+    refusal(lambda: LanguageModel(saved(proto, tmp_path / "m.onnx")), UnsupportedError)
+    assert not opened
+
+
 _TRUNCATED = """
 import os, sys
 from onnxstream_nb.errors import ModelError

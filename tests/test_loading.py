@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import gc
+import math
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from llama_fixtures import write_gguf
+from llama_oracle import Tiny
 from onnx import helper, numpy_helper
 from onnx_models import make, refusal, run, saved, value
+from weight_files import until
 
-from onnxstream_nb import device, loading
+from onnxstream_nb import device
 from onnxstream_nb.errors import MemoryBudgetError, UsageError
-from onnxstream_nb.loading import WORK
+from onnxstream_nb.graph import Graph, Node, Value, WeightRef
+from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.loading import ARRAYS, BASE, CHUNK, prompt_chunk, work_bytes
 from onnxstream_nb.session import Session
 from onnxstream_nb.weights import BudgetProvider, MmapProvider, PrefetchProvider, RamProvider
 
 ROWS = (150, 600, 200, 450)  # of matrices 128 wide: 76,800, 307,200, 102,400 and 230,400 bytes
 BYTES = tuple(4 * 128 * n for n in ROWS)
 WINDOW = 2 * max(BYTES)
+
+
+def work(k: int, n: int) -> int:
+    """What a run with products of at most this size takes beside its weights."""
+    return BASE + ARRAYS * CHUNK * (k + n) * 4
+
+
+WORK = work(128, max(ROWS))
 
 
 @pytest.fixture
@@ -146,10 +164,11 @@ def test_a_single_weight_needs_no_room_for_two(tmp_path: Path, no_base: None) ->
         [value("y", shape=("n", 200))], [numpy_helper.from_array(weight, "W")],
     )  # fmt: skip
     path = saved(proto, tmp_path / "m.onnx")
-    message = refusal(lambda: Session(path, ram=WORK + weight.nbytes - 1), MemoryBudgetError)
+    enough = work(128, 200) + weight.nbytes
+    message = refusal(lambda: Session(path, ram=enough - 1), MemoryBudgetError)
     least = device.parse_size(message.split("at least ")[1].split(" is needed")[0])
-    assert WORK + weight.nbytes <= least <= 1.02 * (WORK + weight.nbytes)
-    with Session(path, ram=WORK + weight.nbytes) as session:
+    assert enough <= least <= 1.02 * enough
+    with Session(path, ram=enough) as session:
         runs(session, path)
 
 
@@ -162,7 +181,8 @@ def test_tied_weights_count_once(tmp_path: Path, no_base: None) -> None:
         [numpy_helper.from_array(table, "W"),
          numpy_helper.from_array(np.ascontiguousarray(table.T), "V")],
     )  # fmt: skip
-    with Session(saved(proto, tmp_path / "m.onnx"), ram=WORK + 2 * table.nbytes) as session:
+    ram = work(400, 130) + 2 * table.nbytes
+    with Session(saved(proto, tmp_path / "m.onnx"), ram=ram) as session:
         assert isinstance(session.provider, RamProvider)
         assert session.plan.weight_bytes == 2 * table.nbytes
         assert [ref.name for ref in session.plan.weights] == ["W", "V", "W"]
@@ -203,4 +223,137 @@ def test_the_stream_never_holds_more_than_its_share(
     with Session(model, ram=WORK + WINDOW, optimize=False) as session:
         runs(session, model, times=20)
     assert 0 < most <= WINDOW
-    assert loading.WORK > 0
+
+
+def test_a_session_that_is_dropped_ends_its_thread(model: Path) -> None:
+    before = threading.active_count()
+    session = Session(model, load="stream", threads=1)
+    runs(session, model, times=1)
+    assert threading.active_count() == before + 1
+    del session
+    gc.collect()
+    until(lambda: threading.active_count() == before)
+
+
+# -- language models
+
+
+def _products(*shapes: tuple[int, int], last: int = 0) -> Graph:
+    """Products of a prompt with matrices (K, N), of its last position with a head (8, `last`)."""
+
+    def ref(name: str, *shape: int, dtype: str = "float32") -> WeightRef:
+        return WeightRef(name, shape, dtype, b"", 0, 4 * math.prod(shape))
+
+    refs = {f"W{i}": ref(f"W{i}", *shape) for i, shape in enumerate(shapes)}
+    nodes = [Node("MatMul", ("x", name), (f"y{name}",)) for name in refs]
+    if last:
+        refs |= {"head": ref("head", 8, last), "i": ref("i", 1, dtype="int64")}
+        nodes.append(Node("Gather", ("x", "i"), ("hidden",), {"axis": 1}))
+        nodes.append(Node("MatMul", ("hidden", "head"), ("logits",)))
+    outputs = tuple(Value(n.outputs[0], "float32", None) for n in nodes)
+    x = Value("x", "float32", (1, "t", "k"))
+    return Graph(tuple(nodes), (x,), outputs, refs, {"": 23})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "chunk"),
+    [([], 512), ([(576, 1536)], 512), ([(2048, 5632), (5632, 2048)], 512),
+     ([(4096, 4096), (4096, 14336)], 128), ([(8192, 28672)], 32), ([(65536, 65536)], 32)],
+)  # fmt: skip
+def test_a_prompt_is_read_in_pieces_that_a_stop_can_wait_for(
+    shapes: list[tuple[int, int]], chunk: int
+) -> None:
+    """At most 16e9 operations between two looks; the head's matrix sees one position only."""
+    assert prompt_chunk(_products(*shapes)) == chunk
+    assert prompt_chunk(_products(*shapes, last=10**9)) == chunk
+    operations = max((2 * chunk * k * n for k, n in shapes), default=0)
+    assert chunk == 32 or operations <= 16e9
+    assert chunk == 512 or 2 * operations > 16e9
+
+
+def test_work_grows_with_what_is_decoded_for_an_operator() -> None:
+    """Softmax takes arrays only: a weight in float16 becomes one of float32 for the call."""
+    x = Value("x", "float32", (1, 300))
+    nodes = (Node("Softmax", ("W",), ("s",)), Node("Add", ("x", "s"), ("y",)))
+    sizes = {}
+    for encoding in ("raw", "float16"):
+        raw = bytes(300 * 300 * (4 if encoding == "raw" else 2))
+        ref = WeightRef("W", (300, 300), "float32", raw, 0, len(raw), encoding)
+        graph = Graph(nodes, (x,), (Value("y", "float32", None),), {"W": ref}, {"": 13})
+        with Session(graph, optimize=False) as session:
+            sizes[encoding] = work_bytes(session.plan)
+    assert sizes == {"raw": BASE, "float16": BASE + 4 * 300 * 300}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_are_pinned_first(tied: bool, tmp_path: Path, no_base: None) -> None:
+    """A table streamed for one row costs its whole size; a tied one is asked for twice a token."""
+    tiny = Tiny(vocab=2000, hidden=64, intermediate=1024, layers=3, context=600, tied=tied)
+    write_gguf(tmp_path / "m.gguf", tiny, "F16")
+    table, matrix = 2000 * 64 * 2, 64 * 1024 * 2
+    context = 2 * 2 * 768 * (3 * (8 + 32) + 32)
+    ram = work(64, 1024) + context + table + 2 * (matrix if tied else table)
+    model = LanguageModel(tmp_path / "m.gguf", ram=ram, threads=1)
+    assert isinstance(model.session.provider, BudgetProvider)
+    pinned = model.session.provider._pinned
+    embedding = next(r for r in model.session.plan.weights if r.shape == (2000, 64))
+    assert embedding.key in pinned
+    model.feed([1, 2, 3])
+    model.close()
+    message = refusal(lambda: LanguageModel(tmp_path / "m.gguf", ram=1), MemoryBudgetError)
+    least = device.parse_size(message.split("at least ")[1].split(" is needed")[0])
+    assert ram - (0 if tied else table) <= least <= 1.02 * ram
+
+
+def test_a_budget_holds_the_whole_context(tmp_path: Path, no_base: None) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, Tiny(context=200_000), "F16")
+    model = LanguageModel(path, threads=1)  # without a budget the context may be a possibility
+    model.close()
+    message = refusal(lambda: LanguageModel(path, ram="30MB"), MemoryBudgetError)
+    assert "full context" in message and "--context" in message
+    LanguageModel(path, ram="30MB", context=4096).close()
+    message = refusal(lambda: LanguageModel(path, ram="1MB", context=512), MemoryBudgetError)
+    assert "--context" not in message  # it would not help
+
+
+_PEAK = """
+import re, sys
+from onnxstream_nb import device
+from onnxstream_nb.errors import MemoryBudgetError
+from onnxstream_nb.llm import LanguageModel
+
+path, factor = sys.argv[1], float(sys.argv[2])
+try:
+    LanguageModel(path, ram=1)
+except MemoryBudgetError as error:
+    least = device.parse_size(re.search("at least (.*?) is needed", str(error))[1])
+ram = int(factor * least)
+model = LanguageModel(path, ram=ram)
+model.feed([(7 * i) % 8000 for i in range(512)])
+for i in range(30):
+    model.feed([i])
+print(type(model.session.provider).__name__, device.peak_rss(), ram)
+"""
+
+
+def test_the_process_stays_within_its_budget(tmp_path: Path) -> None:
+    """Reading a prompt and writing, in a process of its own; the kernels are compiled before."""
+    path = tmp_path / "m.gguf"
+    tiny = Tiny(vocab=8000, hidden=512, intermediate=1536, layers=8, heads=8, kv_heads=4,
+                head_dim=64, context=1024)  # fmt: skip
+    write_gguf(path, tiny, "F16")
+
+    def process(factor: float) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", _PEAK, str(path), str(factor)],
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    process(10)
+    for factor, kind in ((1, "BudgetProvider"), (1.15, "BudgetProvider"), (2, "RamProvider")):
+        provider, peak, ram = process(factor)
+        assert provider == kind
+        assert int(peak) <= int(ram)

@@ -198,7 +198,7 @@ def test_stop_from_another_thread_in_decoding() -> None:
     threading.Timer(0.1, generation.stop).start()
     started = time.monotonic()
     text = text_of(generation)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 1.1
     assert generation.stats.stop_reason == "interrupted"
     assert 0 < len(text) < 4000
     assert list(generation) == []
@@ -209,7 +209,9 @@ def test_stop_in_prefill_keeps_what_was_read() -> None:
     prompt = "x" * 3000
     generation = model.generate(prompt, raw=True)
     threading.Timer(0.2, generation.stop).start()
+    started = time.monotonic()
     assert list(generation) == []
+    assert time.monotonic() - started < 1.2
     assert generation.stats.stop_reason == "interrupted"
     read = len(model.llm.tokens)
     assert 0 < read < 3000

@@ -54,7 +54,7 @@ def test_selection(names: str, suffix: str, kind: str, target: str, files: str) 
 @pytest.mark.parametrize(
     ("names", "suffix", "message"),
     [
-        ("a-Q8_0.gguf b-Q8_0.gguf", "", r"several models .*a-Q8_0.gguf \(10 bytes\), b-Q8_0.gguf"),
+        ("a-Q8_0.gguf b-Q8_0.gguf", "", r"several models .*a-Q8_0.gguf \(10 B\), b-Q8_0.gguf"),
         ("a/model.txt b/model.txt", "", "several models .*: a, b; choose one"),
         ("a.onnx b.onnx", "", "several models .*a.onnx"),
         ("a-Q2_K.gguf b-Q3_K.gguf", "", "several models"),
