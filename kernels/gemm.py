@@ -40,11 +40,19 @@ def gemm_pack(args, thread, threads):
         for k0 in range(0, k, BLOCK):
             length = min(BLOCK, k - k0)
             out = packed + 4 * TILE_ROWS * (k0 * panels + panel * length)
+            first = panel * TILE_ROWS
+            done = 0
+            if first + 16 <= m:
+                # Each store of 16 lanes spills into what the next ones overwrite; the last 16
+                # elements are stored singly, so that nothing spills into another's panel.
+                done = max(0, (length - 16) // 16 * 16)
+                for j in range(0, done, 16):
+                    source = x + stride * first + 4 * (k0 + j)
+                    transpose16(source, stride, out + 4 * TILE_ROWS * j, 4 * TILE_ROWS)
             for i in range(TILE_ROWS):
-                row = panel * TILE_ROWS + i
-                source = x + stride * row + 4 * k0
-                for j in range(length):
-                    value = peek_f32(source + 4 * j) if row < m else 0.0
+                source = x + stride * (first + i) + 4 * k0
+                for j in range(done, length):
+                    value = peek_f32(source + 4 * j) if first + i < m else 0.0
                     poke_f32(out + 4 * (TILE_ROWS * j + i), value)
 
 

@@ -50,11 +50,11 @@ def calls(x, weight, out):
         return [(kernel, *where, n, k, scratch, each)], (held,)
     kernel = _kernel("gemm", weight)
     rows = -(-m // TILE_ROWS) * TILE_ROWS
-    packed = np.empty((-(-k // BLOCK), rows, BLOCK), np.float32)
+    packed, kept = team().workspace(4 * rows * -(-k // BLOCK) * BLOCK)
     scratch, each, held = team().scratch(scratch_bytes(m))
-    pack = (gemm_pack, x.ctypes.data, 4 * k, packed.ctypes.data, m, k)
-    return [pack, (kernel, weight.address, weight.row_bytes, packed.ctypes.data, out.ctypes.data,
-                   4 * n, m, n, k, scratch, each)], (packed, held)  # fmt: skip
+    pack = (gemm_pack, x.ctypes.data, 4 * k, packed, m, k)
+    return [pack, (kernel, weight.address, weight.row_bytes, packed, out.ctypes.data,
+                   4 * n, m, n, k, scratch, each)], (kept, held)  # fmt: skip
 
 
 def product(x, weight):

@@ -144,7 +144,7 @@ class Team:
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
         self._args = np.array([self._state, 0, 0], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch = self._workspace = np.empty(0, np.uint8)
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(self.size)]
         self._started = False
@@ -155,10 +155,19 @@ class Team:
         All kernels that run one after the other share it; a later call may get other memory.
         """
         each = (each + 4095) // 4096 * 4096
-        held = self._scratch  # read once: another Python thread may replace it meanwhile
-        if each * self.shares + LINE > held.nbytes:
-            held = self._scratch = np.empty(each * self.shares + LINE, np.uint8)
-        return (held.ctypes.data + LINE - 1) // LINE * LINE, each, held
+        where, held = self._room("_scratch", each * self.shares)
+        return where, each, held
+
+    def workspace(self, nbytes):
+        """Working memory for all members together, as `scratch`: address, what holds it."""
+        return self._room("_workspace", nbytes)
+
+    def _room(self, name, nbytes):
+        held = getattr(self, name)  # read once: another Python thread may replace it meanwhile
+        if nbytes + LINE > held.nbytes:
+            held = np.empty(nbytes + LINE, np.uint8)
+            setattr(self, name, held)
+        return (held.ctypes.data + LINE - 1) // LINE * LINE, held
 
     def _start(self):
         self._started = True
