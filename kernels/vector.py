@@ -75,15 +75,6 @@ def load_bf16(b, p):
     return bfloat_to_float(b, load(b, p, VI16))
 
 
-def _padded_bfloat(p, n):
-    return widen_bfloat(read_padded(p, np.uint16, n).astype(np.uint16))
-
-
-@primitive(f32x16, address, i64, twin=_padded_bfloat)
-def load_bf16_n(b, p, n):
-    return bfloat_to_float(b, masked_load(b, p, n, I16, "i16"))
-
-
 @primitive(f32x16, address, twin=lambda p: read_memory(p, np.int8, LANES).astype(np.float32))
 def load_i8(b, p):
     """16 signed bytes -> float."""
@@ -94,11 +85,6 @@ def load_i8(b, p):
 def load_u8(b, p):
     """16 unsigned bytes -> float."""
     return b.uitofp(b.zext(load(b, p, VI8), VI32), VF32)
-
-
-@primitive(f32x16, address, i64, twin=lambda p, n: read_padded(p, np.uint8, n))
-def load_u8_n(b, p, n):
-    return b.uitofp(b.zext(masked_load(b, p, n, I8, "i8"), VI32), VF32)
 
 
 def _bits(b, p, shift, mask):
@@ -198,11 +184,6 @@ def poke_f32(b, p, x):
 def poke_f16(b, p, x):
     half = float_to_half(b, broadcast(b, x))
     store(b, b.extract_element(half, ir.Constant(I32, 0)), p)
-
-
-@primitive(types.void, address, i64, twin=lambda p, x: write_memory(p, np.int64(x)))
-def poke_i64(b, p, x):
-    store(b, x, p)
 
 
 # -- arithmetic --------------------------------------------------------------------------------

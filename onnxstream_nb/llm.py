@@ -70,7 +70,7 @@ class LanguageModel:
         self.tokens: list[int] = []
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.session = Session(
-            self.graph, load=load, ram=_bytes(ram), threads=threads, device=device, optimize=False,
+            self.graph, load=load, ram=ram, threads=threads, device=device, optimize=False,
             reserve=bytes_at(self.graph, pairs, positions), progress=progress,
         )  # fmt: skip
 
@@ -138,14 +138,6 @@ class LanguageModel:
         """Let go of the weights and the cache."""
         self.session.close()
         self._cache.slots.clear()
-
-
-def _bytes(ram: int | str | None) -> int | None:
-    if not isinstance(ram, str):
-        return ram
-    from .device import parse_size
-
-    return parse_size(ram, "--ram")
 
 
 def _context(graph: Graph, wanted: int | None) -> int:

@@ -94,7 +94,7 @@ class Session:
             raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
         self.plan: Plan = make_plan(self.graph, decode_constant)
         internal("PrepareKernels")(self.plan.kernels, physical_cores(), progress)
-        budget = parse_size(ram, "ram") if isinstance(ram, str) else ram
+        budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
         self._lock = threading.Lock()
         self._closed = False
