@@ -22,6 +22,10 @@ ORDERS = [(name, True) for name in (*PLAIN, *BLOCKED)] + [(n, False) for n in (*
 UINT8_SCALE, UINT8_ZERO = 0.01, 117
 
 
+def normal(rng: Any, *shape: int) -> Array:
+    return rng.standard_normal(shape, np.float32)  # type: ignore[no-any-return]
+
+
 def random_blocks(encoding: str, rows: int, k: int, rng: Any, scales: Any = None) -> Array:
     """(rows, bytes a row) uint8: random blocks whose fp16 scales are random, or those given."""
     block, nbytes = ENCODINGS[encoding].block, ENCODINGS[encoding].nbytes

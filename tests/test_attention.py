@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import kernel_oracles as oracles
 import numpy as np
 import pytest
+from kernel_oracles import normal
 
 from onnxstream_nb.errors import ShapeError
 from onnxstream_nb.kernels.attention import attention_23, attention_24, lower_attention
@@ -18,20 +18,12 @@ from onnxstream_nb.kvcache import GROWTH, KVSlot
 Array = np.ndarray[Any, Any]
 LEAST = float(np.finfo(np.float32).min)
 
-
-@pytest.fixture(autouse=True)
-def one_thread_afterwards() -> Iterator[None]:
-    yield
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(23)
-
-
-def normal(rng: Any, *shape: int) -> Array:
-    return rng.standard_normal(shape, np.float32)  # type: ignore[no-any-return]
 
 
 def assert_close(got: Array, wanted: Array, bound: float = 3e-6) -> None:

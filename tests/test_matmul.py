@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from kernel_oracles import ORDERS, PLAIN, assert_product, random_weight
+from kernel_oracles import ORDERS, PLAIN, assert_product, normal, random_weight
 
 from onnxstream_nb.kernels.matmul import gemm, matmul
 from onnxstream_nb.kernels.threads import set_threads
@@ -19,20 +18,12 @@ NS = (1, 3, 4, 5, 31, 32, 33, 67)
 THREADS = (1, 2, 5)
 PLAIN_KS, BLOCK_KS = (1, 31, 33, 77, 256, 259), (256, 512)
 
-
-@pytest.fixture(autouse=True)
-def one_thread_afterwards() -> Iterator[None]:
-    yield
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(11)
-
-
-def normal(rng: Any, *shape: int) -> Array:
-    return rng.standard_normal(shape, np.float32)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("threads", THREADS)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import kernel_oracles as oracles
 import numpy as np
 import pytest
+from kernel_oracles import normal
 
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization
 from onnxstream_nb.kernels.rope import rotary_embedding
@@ -16,20 +16,12 @@ from onnxstream_nb.kernels.threads import set_threads
 Array = np.ndarray[Any, Any]
 SIZES = (1, 2, 15, 16, 17, 31, 32, 33, 48, 77, 128, 2049)
 
-
-@pytest.fixture(autouse=True)
-def one_thread_afterwards() -> Iterator[None]:
-    yield
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(31)
-
-
-def normal(rng: Any, *shape: int) -> Array:
-    return rng.standard_normal(shape, np.float32)  # type: ignore[no-any-return]
 
 
 def assert_close(got: Array, wanted: Array, bound: float = 2e-6) -> None:
