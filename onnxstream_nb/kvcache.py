@@ -44,6 +44,7 @@ class KVSlot:
 
     @property
     def address(self) -> int:
+        """Where the float16 elements begin."""
         return int(self.array.ctypes.data)
 
     @property
@@ -53,6 +54,7 @@ class KVSlot:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes now, room to grow included."""
         return int(self.array.nbytes)
 
     def advanced(self, length: int) -> KVSlot:
@@ -93,10 +95,12 @@ class ArraySlot:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of past and present, `length` along the axis that grows."""
         return tuple(self.length if i == self.axis else n for i, n in enumerate(self._shape))
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes now, room to grow included."""
         return int(self.array.nbytes)
 
     def reserve(self, length: int) -> None:
@@ -142,6 +146,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
+        """Positions that all slots hold; ValueError when set beyond what they have room for."""
         return min((s.length for s in self.slots.values()), default=0)
 
     @length.setter
@@ -153,6 +158,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes now, room to grow included."""
         return sum(slot.nbytes for slot in self.slots.values())
 
 

@@ -43,10 +43,12 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The logical shape, as the graph sees it."""
         return self.ref.shape
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """The logical element type."""
         return numpy_dtype(self.ref.dtype)
 
     @property
@@ -56,14 +58,17 @@ class Weight:
 
     @property
     def transposed(self) -> bool:
+        """Whether the stored form has the last two logical axes swapped."""
         return self.ref.transposed
 
     @property
     def scale(self) -> float:
+        """Of a uint8 encoding: value = (q - zero_point) * scale."""
         return self.ref.scale
 
     @property
     def zero_point(self) -> int:
+        """Of a uint8 encoding: the q that stands for 0."""
         return self.ref.zero_point
 
     @property
@@ -99,11 +104,17 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 class WeightsProvider(Protocol):
     """What the executor asks of a source of weights."""
 
-    def get(self, ref: WeightRef) -> Weight: ...
+    def get(self, ref: WeightRef) -> Weight:
+        """The weight, its bytes in memory until `release`; waits for them where it must.
 
-    def prefetch(self, refs: Sequence[WeightRef]) -> None: ...
+        Raises ModelError naming the file when it is missing, shorter than it was, or unreadable.
+        """
 
-    def release(self, ref: WeightRef) -> None: ...
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """These will be asked for next, in this order; what was announced before is forgotten."""
+
+    def release(self, ref: WeightRef) -> None:
+        """The bytes that `get` gave are no longer needed; the provider may keep or drop them."""
 
 
 def _close_all(descriptors: dict[Path, int]) -> None:
