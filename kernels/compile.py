@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import OnnxstreamError
 from ..registry import kernels, op
 from .jit import JIT, cache_root, prune
-from .threads import set_threads
+from .threads import set_precision, set_threads
 
 _CHILD = """
 import sys
@@ -28,6 +28,12 @@ serve()
 def threads(count):
     """How many threads the kernels called from this Python thread use from now on."""
     set_threads(count)
+
+
+@op("Precision", domain="onnxstream_nb")
+def precision(name):
+    """How products of many rows are computed from now on, called from this Python thread."""
+    set_precision(name)
 
 
 @op("PrepareKernels", domain="onnxstream_nb")

@@ -9,18 +9,20 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..registry import kernels, op
+from . import gemm_bf16
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
-from .gemv_vnni import scratch_bytes as gemv_scratch_bytes
 from .lowered import Rows, plain
-from .threads import team
+from .panel_products import block_rows, quantize_rows
+from .quads import RECORD
+from .threads import is_fast, team
 
-USES = ("gemv_{order}_{encoding}", "gemm_{order}_{encoding}", "gemm_pack")
+USES = ("gemv_{order}_{encoding}", "gemm{precision}_{order}_{encoding}", "gemm{precision}_pack")
 
 
 class Matrix:
     """A float32 array (K, N) seen as a weight in column order."""
 
-    encoding, transposed, scale, zero_point = "float32", False, 1.0, 0
+    encoding, order, scale, zero_point = "float32", "columns", 1.0, 0
 
     def __init__(self, array):
         self.array = np.ascontiguousarray(array, np.float32)
@@ -30,11 +32,10 @@ class Matrix:
 
 def _kernel(product, weight):
     """The kernel for a weight's encoding and storage order."""
-    order = "rows" if weight.transposed else "columns"
-    found = kernels().get(f"{product}_{order}_{weight.encoding}")
+    found = kernels().get(f"{product}_{weight.order}_{weight.encoding}")
     if found is None:
         raise UnsupportedError(
-            f"a product with a {weight.encoding} weight stored by {order} is not supported; "
+            f"a product with a {weight.encoding} weight stored by {weight.order} is not supported; "
             "convert it to float16 or float32"
         )
     return found
@@ -46,15 +47,31 @@ def calls(x, weight, out):
     if m == 1:
         kernel = _kernel("gemv", weight)
         where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data
-        scratch, each, held = team().scratch(gemv_scratch_bytes(k))
+        scratch, each, held = team().scratch(64 + RECORD * (k // 32))
         return [(kernel, *where, n, k, scratch, each)], (held,)
-    kernel = _kernel("gemm", weight)
+    kernel = _kernel("gemm_fast" if is_fast() else "gemm", weight)
+    pack, nbytes, working, most = _layout(kernel, weight, m, k)
+    left, kept = team().workspace(nbytes)
+    scratch, each, held = team().scratch(working)
+    source = (pack, x.ctypes.data, 4 * k, left, m, k, *most)
+    where = weight.address, weight.row_bytes, left, out.ctypes.data, 4 * n
+    return [source, (kernel, *where, m, n, k, *most, scratch, each)], (kept, held)
+
+
+def _layout(kernel, weight, m, k):
+    """What packs X, bytes of it packed, bytes a thread works in, and for panels X's rows a block."""
+    if weight.order == "panels":
+        most = block_rows(m, k)
+        return quantize_rows, RECORD * m * (k // 32), 64 * most, (most,)
+    if kernel.name.startswith("gemm_bf16"):
+        return (
+            gemm_bf16.gemm_bf16_pack,
+            gemm_bf16.packed_bytes(m, k),
+            gemm_bf16.scratch_bytes(m),
+            (),
+        )
     rows = -(-m // TILE_ROWS) * TILE_ROWS
-    packed, kept = team().workspace(4 * rows * -(-k // BLOCK) * BLOCK)
-    scratch, each, held = team().scratch(scratch_bytes(m))
-    pack = (gemm_pack, x.ctypes.data, 4 * k, packed, m, k)
-    return [pack, (kernel, weight.address, weight.row_bytes, packed, out.ctypes.data,
-                   4 * n, m, n, k, scratch, each)], (kept, held)  # fmt: skip
+    return gemm_pack, 4 * rows * -(-k // BLOCK) * BLOCK, scratch_bytes(m), ()
 
 
 def product(x, weight):
@@ -93,7 +110,7 @@ def _is_float(dtype):
     return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
 
 
-@op("MatMul", since=1, native=("b",), uses=USES, lower=lower_matmul)
+@op("MatMul", since=1, native=("b",), packs=("b",), uses=USES, lower=lower_matmul)
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
     if not isinstance(b, np.ndarray):

@@ -242,4 +242,14 @@ def set_threads(size):
     _local.size = int(size)
 
 
-__all__ = ["fill_table", "float_bits", "set_threads", "team", "team_of"]
+def set_precision(precision):
+    """Choose "fast" or "exact" products for kernels called from this Python thread."""
+    _local.precision = precision
+
+
+def is_fast():
+    """Whether products may round their factors to bfloat16."""
+    return getattr(_local, "precision", "exact") == "fast"
+
+
+__all__ = ["fill_table", "float_bits", "is_fast", "set_precision", "set_threads", "team", "team_of"]

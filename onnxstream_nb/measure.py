@@ -121,6 +121,7 @@ def measure(
         load=options["load"],
         ram=options["ram"],
         threads=threads,
+        precision=options["precision"],
         context=max(case.context for case in cases),
         progress=report,
     )
@@ -134,8 +135,8 @@ def measure(
     bandwidth = read_bandwidth(per_token, threads)
     return {
         "model": name, "size_bytes": size, "params": params, "backend": "CPU",
-        "threads": threads, "load": options["load"], "load_s": round(load_s, 3),
-        "repetitions": options["repetitions"],
+        "threads": threads, "precision": options["precision"], "load": options["load"],
+        "load_s": round(load_s, 3), "repetitions": options["repetitions"],
         "tests": [asdict(r) for r in results],
         "bytes_per_token": per_token, "read_bandwidth": bandwidth,
         "decode_share": decode_share(results, per_token, bandwidth),

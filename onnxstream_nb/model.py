@@ -54,6 +54,7 @@ class Model:
         threads: int | None = None,
         device: str = "cpu",
         context: int | None = None,
+        precision: str = "fast",
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
@@ -77,6 +78,7 @@ class Model:
             ram=ram,
             threads=threads,
             context=context,
+            precision=precision,
             device=device,
             progress=report,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,19 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Steps in order, the constants by name, the weights in order of use, the kernels' names."""
+    """Steps in order, the constants by name, the weights in order of use, the kernels' names.
+
+    `packable` are the weights that no operator wants otherwise than as panels, if they have that
+    form; `kernels` are for weights as stored, `panel_kernels` when those are packed.
+    """
 
     graph: Graph
     steps: tuple[Step, ...]
     constants: Mapping[str, Array]
     weights: tuple[WeightRef, ...]
+    packable: tuple[WeightRef, ...]
     kernels: tuple[str, ...]
+    panel_kernels: tuple[str, ...]
 
     @property
     def weight_bytes(self) -> int:
@@ -59,8 +65,17 @@ class Plan:
         return sum({ref.key: ref.nbytes for ref in self.weights}.values())
 
 
-def make_plan(graph: Graph, read: Callable[[WeightRef], Array]) -> Plan:
-    """Plan a graph. Raises UnsupportedError naming every operator that is missing."""
+def make_plan(
+    graph: Graph,
+    read: Callable[[WeightRef], Array],
+    has_panels: Callable[[WeightRef], Any] = lambda ref: False,
+    precision: str = "exact",
+) -> Plan:
+    """Plan a graph; `has_panels` says for a weight whether it can be packed, `precision` which
+    kernels products of many rows call.
+
+    Raises UnsupportedError naming every operator that is missing.
+    """
     operators = [_operator(graph, node) for node in graph.nodes]
     missing = sorted({n.op_type for n, o in zip(graph.nodes, operators, strict=True) if o is None})
     if missing:
@@ -75,8 +90,23 @@ def make_plan(graph: Graph, read: Callable[[WeightRef], Array]) -> Plan:
         if operator is not None
     )
     weights = tuple(ref for step in steps for ref in step.weights)
-    kernels = dict.fromkeys(k for step in steps for k in _kernels(step, graph))
-    return Plan(graph, steps, constants, weights, tuple(kernels))
+    packable = {name: graph.initializers[name] for name in _packable(graph, operators)}
+    packable = {name: ref for name, ref in packable.items() if has_panels(ref)}
+    kernels = [
+        tuple(dict.fromkeys(k for step in steps for k in _kernels(step, graph, packed, precision)))
+        for packed in (frozenset[str](), packable)
+    ]
+    return Plan(graph, steps, constants, weights, tuple(packable.values()), *kernels)
+
+
+def _packable(graph: Graph, operators: Sequence[Operator | None]) -> set[str]:
+    """The initializers that all their readers take as panels."""
+    taken: dict[str, bool] = {v.name: False for v in graph.outputs}
+    for node, operator in zip(graph.nodes, operators, strict=True):
+        for i, name in enumerate(node.inputs):
+            packs = operator is not None and i in operator.packs
+            taken[name] = taken.get(name, True) and packs
+    return {name for name, packs in taken.items() if packs and name in graph.initializers}
 
 
 def _operator(graph: Graph, node: Node) -> Operator | None:
@@ -143,10 +173,12 @@ def _step(
     )  # fmt: skip
 
 
-def _kernels(step: Step, graph: Graph) -> list[str]:
+def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -> list[str]:
     """The kernels a step may call: what its operator uses, for its weights' encodings."""
     names = []
-    for template in step.operator.uses:
+    panels = {graph.initializers[name].key for name, _ in step.inputs if name in packed}
+    for use in step.operator.uses:
+        template = use.replace("{precision}", "" if precision == "exact" else f"_{precision}")
         if "{" not in template:
             names.append(template)
             continue
@@ -155,8 +187,11 @@ def _kernels(step: Step, graph: Graph) -> list[str]:
             if encoding == ref.dtype and template == "decode_{encoding}":
                 continue  # plain elements are read as they are
             by_rows = ref.transposed != bool(step.attributes.get("transB"))
-            order = "rows" if by_rows else "columns"
+            order = "panels" if ref.key in panels else "rows" if by_rows else "columns"
             names.append(template.format(encoding=encoding, order=order))
+        if panels:
+            names += [f"pack_{ref.encoding}" for ref in step.weights if ref.key in panels]
+            names.append("quantize_rows")
         if not step.weights:  # arrays are float32 in the order they come in
             names.append(template.format(encoding="float32", order="columns"))
     decoded = [graph.initializers[n] for n, native in step.inputs if not native

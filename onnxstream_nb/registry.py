@@ -29,9 +29,10 @@ class Operator:
     """One version of one operator on one device.
 
     `native` names the inputs that the function takes in the engine's own form (an encoded
-    `Weight`, a `KVSlot`); all other inputs reach it as numpy arrays. `attributes` are the
-    keyword-only parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes
-    `n_outputs`, the number of outputs the node names. `uses` names the kernels it may call, so
+    `Weight`, a `KVSlot`); all other inputs reach it as numpy arrays. `packs` names those of them
+    that it may be given as panels (kernels/panels.py). `attributes` are the keyword-only
+    parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes `n_outputs`,
+    the number of outputs the node names. `uses` names the kernels it may call, so
     that they are compiled before the first run; "{encoding}" stands for its weight's encoding.
     `lower` takes what the function takes and returns the kernel calls that compute it, into
     arrays of its own, or None when for these inputs there is more to it.
@@ -43,6 +44,7 @@ class Operator:
     device: str
     function: Callable[..., Any]
     native: frozenset[int]
+    packs: frozenset[int]
     attributes: frozenset[str]
     wants_outputs: bool
     uses: tuple[str, ...]
@@ -60,6 +62,7 @@ def op(
     domain: str = "",
     device: str = "cpu",
     native: tuple[str, ...] = (),
+    packs: tuple[str, ...] = (),
     uses: tuple[str, ...] = (),
     lower: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
@@ -72,6 +75,7 @@ def op(
         entry = Operator(
             op_type, domain, since, device, function,
             native=frozenset(positional.index(n) for n in native),
+            packs=frozenset(positional.index(n) for n in packs),
             attributes=frozenset(keywords - {"n_outputs"}),
             wants_outputs="n_outputs" in keywords,
             uses=uses,

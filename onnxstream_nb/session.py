@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,16 @@ from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose_provider
 from .lowering import Replay
+from .packing import PackedProvider
 from .plan import Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
 
 if TYPE_CHECKING:
     import onnx
+
+PRECISIONS = ("fast", "exact")
+PRECISION = "exact"
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -68,7 +73,9 @@ class Session:
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
     work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
     as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
-    cores; `device` is "cpu". `optimize=False` runs the graph as it stands. `progress(text,
+    cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
+    encodings with 15-bit activations), "fast" in bfloat16 where the processor has it; `device` is
+    "cpu". `optimize=False` runs the graph as it stands. `progress(text,
     fraction)` is told what takes long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
@@ -82,6 +89,7 @@ class Session:
         load: str = "auto",
         ram: int | str | None = None,
         threads: int | None = None,
+        precision: str = PRECISION,
         device: str = "cpu",
         optimize: bool = True,
         reserve: int = 0,
@@ -92,16 +100,27 @@ class Session:
         self.threads = _thread_count(threads)
         if device != "cpu":
             raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
-        self.plan: Plan = make_plan(self.graph, decode_constant)
-        internal("PrepareKernels")(self.plan.kernels, physical_cores(), progress)
+        packer = internal("Panels")()
+        if precision not in PRECISIONS:
+            raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        self.precision = precision
+        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
+        packs = load in ("auto", "ram") and ram is None
+        prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
+        prepare(self.plan.panel_kernels if packs else self.plan.kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
+        if packs and self.plan.packable and getattr(self.provider, "in_place", False):
+            internal("Threads")(self.threads)
+            self.provider = PackedProvider(self.provider, self.plan.packable, packer, progress)
+        elif packs:
+            prepare(self.plan.kernels)
         self._lock = threading.Lock()
         self._closed = False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
         self._decode = internal("Decode")
-        self._set_threads = internal("Threads")
+        self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -134,6 +153,7 @@ class Session:
             if self._closed:
                 raise UsageError("this session is closed; open the model again")
             self._set_threads(self.threads)
+            self._set_precision(self.precision)
             checked = _checked_feeds(self.inputs, feeds)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)

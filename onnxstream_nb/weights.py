@@ -27,10 +27,11 @@ class Weight:
     """A weight in memory, encoded as stored.
 
     `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
-    `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array.
+    `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array. A weight that was
+    packed holds its rows in panels of `row_bytes` (kernels/panels.py).
     """
 
-    __slots__ = ("address", "buffer", "ref", "row_bytes")
+    __slots__ = ("address", "buffer", "packed", "ref", "row_bytes")
 
     def __init__(self, ref: WeightRef, buffer: np.ndarray[Any, Any]) -> None:
         self.ref = ref
@@ -40,6 +41,7 @@ class Weight:
         for n in ref.stored_shape[:-1]:
             rows *= n
         self.row_bytes = ref.nbytes // rows if rows else 0
+        self.packed = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,6 +62,11 @@ class Weight:
     def transposed(self) -> bool:
         """Whether the stored form has the last two logical axes swapped."""
         return self.ref.transposed
+
+    @property
+    def order(self) -> str:
+        """How a matrix (K, N) lies in memory: "rows" (N, K), "columns" (K, N) or "panels"."""
+        return "panels" if self.packed else "rows" if self.transposed else "columns"
 
     @property
     def scale(self) -> float:
@@ -139,14 +146,15 @@ class _Files:
                     raise ModelError(f"{path}: cannot open the weight file: {error}") from error
             return self._open[path]
 
-    def read(self, ref: WeightRef) -> np.ndarray[Any, Any]:
-        """The bytes of a reference, read into a new buffer."""
+    def read(self, ref: WeightRef, start: int = 0, stop: int | None = None) -> np.ndarray[Any, Any]:
+        """The bytes of a reference, or those from `start` to `stop`, read into a new buffer."""
         assert isinstance(ref.source, Path)
-        buffer = np.empty(ref.nbytes, np.uint8)
+        size, offset = (ref.nbytes if stop is None else stop) - start, ref.offset + start
+        buffer = np.empty(size, np.uint8)
         view, done, descriptor = memoryview(cast(Any, buffer)), 0, self.descriptor(ref.source)
-        while done < ref.nbytes:
+        while done < size:
             try:
-                count = os.preadv(descriptor, [view[done : done + (1 << 26)]], ref.offset + done)
+                count = os.preadv(descriptor, [view[done : done + (1 << 26)]], offset + done)
             except OSError as error:
                 raise ModelError(f"{ref.source}: reading {ref.name} failed: {error}") from error
             if count == 0:
@@ -178,10 +186,14 @@ class DiskProvider:
         self.bytes_read = 0
 
     def get(self, ref: WeightRef) -> Weight:
+        return Weight(ref, self.read(ref, 0, ref.nbytes))
+
+    def read(self, ref: WeightRef, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Bytes `start` to `stop` of a reference, flat."""
         if isinstance(ref.source, bytes):
-            return Weight(ref, _in_memory(ref))
-        self.bytes_read += ref.nbytes
-        return Weight(ref, self._files.read(ref))
+            return _in_memory(ref)[start:stop]
+        self.bytes_read += stop - start
+        return self._files.read(ref, start, stop)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """Nothing: every read waits for its turn."""

@@ -10,7 +10,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from onnxstream_nb.graph import ENCODINGS, WeightRef
-from onnxstream_nb.kernels.bytes32 import LIMIT, SUPPORTED
+from onnxstream_nb.kernels.quads import LIMIT
 from onnxstream_nb.weights import Weight
 
 Array = np.ndarray[Any, Any]
@@ -89,18 +89,20 @@ def random_weight(
     return weight, values.T if transposed else values
 
 
-def assert_product(y: Array, x: Array, w: Array, encoding: str = "float32") -> None:
+def assert_product(
+    y: Array, x: Array, w: Array, encoding: str = "float32", packed: bool = False
+) -> None:
     """Y = X W within a millionth of the sum of its terms' magnitudes, each element.
 
-    uint8 subtracts scale zero sum(x) from scale sum(x q): those are its terms. One row times a
-    block encoding may be a product of integers: then a group of 32 activations is rounded to
-    1 / 16256 of its largest, half of that at most for each.
+    uint8 subtracts scale zero sum(x) from scale sum(x q): those are its terms. A product with a
+    packed weight is one of integers: a group of 32 activations is rounded to 1 / 16256 of its
+    largest, half of that at most for each.
     """
     x, w = x.astype(np.float64), w.astype(np.float64)
     assert y.shape == (*x.shape[:-1], w.shape[-1])
     terms = np.abs(w) + (2 * UINT8_SCALE * UINT8_ZERO if encoding == "uint8" else 0)
     slack = 1e-6 * (np.abs(x) @ terms) + 1e-30
-    if SUPPORTED and encoding in BLOCKED and x.size == x.shape[-1]:
+    if packed:
         largest = np.abs(x).reshape(-1, 32).max(axis=1).repeat(32).reshape(x.shape)
         slack = slack + (largest / (2 * LIMIT)) @ terms
     error = np.abs(y.astype(np.float64) - x @ w)

@@ -94,7 +94,7 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how weights are held, as Model.load takes them."""
-    return {name: options[name] for name in ("load", "ram", "threads", "context")}
+    return {name: options[name] for name in ("load", "ram", "threads", "context", "precision")}
 
 
 @contextmanager

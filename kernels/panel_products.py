@@ -1,0 +1,231 @@
+"""Products with weights in panels, in integer arithmetic: y = W x and Y = X W.
+
+Dims: M rows of X, N outputs, K inputs in groups of 32; W (N, K) in panels of 16 rows (panels.py).
+
+A group of weights is scale q + offset with unsigned q, a group of activations a record of 15-bit
+integers (quads.py): their product is scale times an integer sum, plus offset times the sum of the
+activations. The relative error against float32 activations is below 1e-4.
+"""
+
+from .jit import arg, jit, kernel, share
+from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
+from .quads import (
+    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, poke_i32,
+    quantize16,
+)  # fmt: skip
+from .vector import (
+    absolute, add, load_f32, max_lanes, maximum, mul, poke_f32, prefetch, store_f32, store_f32_n,
+    sum_lanes, zero,
+)  # fmt: skip
+
+ROWS = 16  # of W a panel
+AHEAD = 2368  # bytes: what comes two to eight groups later; the hardware loses track of units
+BLOCK_BYTES = 400_000  # of records that are multiplied with one panel after the other, in L2
+
+
+def block_rows(m, k):
+    """Rows of X whose records stay in the second cache."""
+    return max(1, min(m, BLOCK_BYTES // (RECORD * (k // 32))))
+
+
+@jit
+def quantize(x, k, records, step):
+    """x (K,) float32 -> (K / 32,) records, `step` bytes apart."""
+    for g in range(k >> 5):
+        p, out = x + 128 * g, records + step * g
+        largest = max_lanes(maximum(absolute(load_f32(p)), absolute(load_f32(p + 64))))
+        # What is not finite must reach the result: 0 x is then NaN, and with it the scale.
+        marks = add(mul(load_f32(p), zero()), mul(load_f32(p + 64), zero()))
+        scale = largest / LIMIT + sum_lanes(marks)
+        inverse = LIMIT / largest if largest > 0 else 0.0
+        first, last = quantize16(p, inverse, out), quantize16(p + 64, inverse, out + 16)
+        poke_f32(out + SCALE, scale)
+        poke_f32(out + SUM, scale * (first + last))
+        poke_i32(out + MINUS_8, -8 * (first + last))
+        poke_i32(out + MINUS_128, -128 * (first + last))
+        poke_i32(out + MINUS_32_FIRST, -32 * first)
+        poke_i32(out + MINUS_32_LAST, -32 * last)
+        poke_i32(out + ZERO, 0)
+
+
+@kernel
+def quantize_rows(args, thread, threads):
+    """X (M, K), rows `stride` bytes apart -> records (M blocks, K / 32, rows of the block).
+
+    args: X, stride, records, M, K, rows a block.
+    """
+    x, stride, records, m, k, most = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+    )  # fmt: skip
+    start, stop = share(m, 1, thread, threads)
+    for i in range(start, stop):
+        first = i // most * most
+        rows = min(most, m - first)
+        out = records + RECORD * (first * (k >> 5) + i - first)
+        quantize(x + stride * i, k, out, RECORD * rows)
+
+
+@jit
+def panel_product(token, panel, nbytes, x, groups, rows, out):
+    """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows) -> out
+    (rows, 16)."""
+    for r in range(rows):
+        store_f32(out + 64 * r, zero())
+    each = nbytes // groups
+    for g in range(groups):
+        ahead = panel + each * g + AHEAD
+        for line in range(0, each, 64):
+            prefetch(ahead + line)
+        add_group(token, panel, g, x + RECORD * rows * g, rows, out)
+
+
+@jit
+def gemv(token, args, thread, threads):
+    """args: panels, bytes a panel, x, y, N, K, scratch, its bytes a thread."""
+    panels, step, x, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    n, k, out = arg(args, 4), arg(args, 5), arg(args, 6) + arg(args, 7) * thread
+    start, stop = share(n, ROWS, thread, threads)
+    if start == stop:
+        return
+    records = out + 64
+    quantize(x, k, records, RECORD)
+    for i in range(start, stop, ROWS):
+        panel_product(token, panels + step * (i // ROWS), step, records, k >> 5, 1, out)
+        store_f32_n(y + 4 * i, load_f32(out), n - i)
+
+
+@jit
+def gemm(token, args, thread, threads):
+    """args: panels, bytes a panel, records, Y, bytes a row of Y, M, N, K, rows a block, scratch,
+    its bytes a thread."""
+    panels, step, records, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    stride, m, n, k = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    most, out = arg(args, 8), arg(args, 9) + arg(args, 10) * thread
+    start, stop = share(n, ROWS, thread, threads)
+    for first in range(0, m, most):
+        rows, x = min(most, m - first), records + RECORD * first * (k >> 5)
+        for i in range(start, stop, ROWS):
+            panel_product(token, panels + step * (i // ROWS), step, x, k >> 5, rows, out)
+            for r in range(rows):
+                store_f32_n(y + stride * (first + r) + 4 * i, load_f32(out + 64 * r), n - i)
+
+
+@jit
+def pack(token, args, thread, threads):
+    """args: rows, bytes a row, panels, bytes a panel, N, K: (N, K) -> panels, which hold zeros."""
+    source, stride, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    n, k = arg(args, 4), arg(args, 5)
+    start, stop = share(n, ROWS, thread, threads)
+    for i in range(start, stop, ROWS):
+        panel = panels + step * (i // ROWS)
+        for b in range(k // (32 * block_groups(token))):
+            for lane in range(min(ROWS, stop - i)):
+                pack_block(token, source + stride * (i + lane), b, panel, lane)
+
+
+@kernel
+def gemv_panels_q8_0(args, thread, threads):
+    """q8_0 W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q8_0, args, thread, threads)
+
+
+@kernel
+def gemv_panels_q4_0(args, thread, threads):
+    """q4_0 W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q4_0, args, thread, threads)
+
+
+@kernel
+def gemv_panels_q4_1(args, thread, threads):
+    """q4_1 W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q4_1, args, thread, threads)
+
+
+@kernel
+def gemv_panels_q4_k(args, thread, threads):
+    """q4_k W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q4_K, args, thread, threads)
+
+
+@kernel
+def gemv_panels_q5_k(args, thread, threads):
+    """q5_k W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q5_K, args, thread, threads)
+
+
+@kernel
+def gemv_panels_q6_k(args, thread, threads):
+    """q6_k W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(Q6_K, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q8_0(args, thread, threads):
+    """q8_0 W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q8_0, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q4_0(args, thread, threads):
+    """q4_0 W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q4_0, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q4_1(args, thread, threads):
+    """q4_1 W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q4_1, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q4_k(args, thread, threads):
+    """q4_k W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q4_K, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q5_k(args, thread, threads):
+    """q5_k W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q5_K, args, thread, threads)
+
+
+@kernel
+def gemm_panels_q6_k(args, thread, threads):
+    """q6_k W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(Q6_K, args, thread, threads)
+
+
+@kernel
+def pack_q8_0(args, thread, threads):
+    """q8_0 rows (N, K) -> panels."""
+    pack(Q8_0, args, thread, threads)
+
+
+@kernel
+def pack_q4_0(args, thread, threads):
+    """q4_0 rows (N, K) -> panels."""
+    pack(Q4_0, args, thread, threads)
+
+
+@kernel
+def pack_q4_1(args, thread, threads):
+    """q4_1 rows (N, K) -> panels."""
+    pack(Q4_1, args, thread, threads)
+
+
+@kernel
+def pack_q4_k(args, thread, threads):
+    """q4_k rows (N, K) -> panels."""
+    pack(Q4_K, args, thread, threads)
+
+
+@kernel
+def pack_q5_k(args, thread, threads):
+    """q5_k rows (N, K) -> panels."""
+    pack(Q5_K, args, thread, threads)
+
+
+@kernel
+def pack_q6_k(args, thread, threads):
+    """q6_k rows (N, K) -> panels."""
+    pack(Q6_K, args, thread, threads)

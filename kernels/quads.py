@@ -1,0 +1,189 @@
+"""Primitives over quads: four consecutive elements of each of 16 rows, a byte each, as one vector.
+
+Dims: `q` holds the eight quads of a group of 32 elements, (8, 16, 4) uint8: quad, row, element. A
+quantised group of 32 activations is a record of RECORD bytes: high (32,) int8, low (32,) int8,
+then the scale and scale times the sum in float32, and in int32 what a sum of products starts with
+when the weights are stored plus an offset: minus 8, 128 or 32 times the activations' sum.
+
+x = scale (128 high + low), so that two passes of 8-bit products carry 15 bits of the activations.
+"""
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from .simd import (
+    I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
+    f32x16, host_has, load, primitive, read_memory, store, vector_of, write_memory,
+)  # fmt: skip
+from .vector import f32, i64
+
+RECORD = 96
+SCALE, SUM, MINUS_8, MINUS_128, MINUS_32_FIRST, MINUS_32_LAST, ZERO = range(64, 92, 4)
+LIMIT = 127 * 128  # the largest |128 high + low|
+
+QUADS, HALF_QUADS, BYTES = vector_of(I32, 128), vector_of(I32, 64), vector_of(I8, 64)
+u8x512 = Vector("u8x512", QUADS)
+SUPPORTED = host_has("avx512vnni")
+"""Whether the host multiplies bytes fast enough for panels to pay (vpdpbusd)."""
+
+
+def _nibbles(mask):
+    return ir.Constant(I32, mask * 0x01010101)
+
+
+@primitive(u8x512, address, twin=lambda p: read_memory(p, np.uint8, 512))
+def load_quads(b, p):
+    """Eight quads of whole bytes."""
+    return load(b, p, QUADS)
+
+
+def _twin_split(p):
+    packed = read_memory(p, np.uint8, 256)
+    return np.concatenate([packed & 15, packed >> 4])
+
+
+@primitive(u8x512, address, twin=_twin_split)
+def load_split_quads(b, p):
+    """Four quads of bytes -> their lower halves, then their upper halves."""
+    packed = load(b, p, HALF_QUADS)
+    mask = broadcast(b, _nibbles(15), HALF_QUADS)
+    low = b.and_(packed, mask)
+    high = b.and_(b.lshr(packed, constant(4, HALF_QUADS)), mask)
+    return b.shuffle_vector(low, high, ir.Constant(QUADS, list(range(128))))
+
+
+def _shifted(b, p, shift, mask):
+    wide = b.lshr(load(b, p, QUADS), broadcast(b, b.trunc(shift, I32), QUADS))
+    return b.and_(wide, broadcast(b, _nibbles(mask), QUADS))
+
+
+@primitive(
+    u8x512, address, i64, twin=lambda p, shift: (read_memory(p, np.uint8, 512) >> shift) & 15
+)
+def load_nibble_quads(b, p, shift):
+    """Four bits of each byte of eight quads, from bit `shift` on."""
+    return _shifted(b, p, shift, 15)
+
+
+def _raised(mask, name):
+    def twin(q, p, shift):
+        return q | (((read_memory(p, np.uint8, 512) >> shift) & mask) << 4).astype(np.uint8)
+
+    def generate(b, q, p, shift):
+        return b.or_(
+            q, b.shl(_shifted(b, p, shift, mask), broadcast(b, ir.Constant(I32, 4), QUADS))
+        )
+
+    generate.__name__ = name
+    return primitive(u8x512, u8x512, address, i64, twin=twin)(generate)
+
+
+with_bit = _raised(1, "with_bit")
+"""q with bit `shift` of each byte of eight quads at p as its fifth bit."""
+with_two_bits = _raised(3, "with_two_bits")
+"""q with two bits of each byte of eight quads at p, from `shift` on, as its fifth and sixth."""
+
+
+def _operands(b, q, x):
+    """Newer LLVM declares the instruction over bytes, older over words of four."""
+    return [q, x] if llvm.llvm_version_info < (21,) else [b.bitcast(v, BYTES) for v in (q, x)]
+
+
+def _four_products(b, total, q, x):
+    """total (16,) int32 plus, in each row, four products of a byte of q with one of x."""
+    if SUPPORTED:
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", VI32, [total, *_operands(b, q, x)])
+    wide = vector_of(I32, 64)
+    terms = b.mul(b.zext(b.bitcast(q, BYTES), wide), b.sext(b.bitcast(x, BYTES), wide))
+    for j in range(4):
+        lanes = ir.Constant(VI32, [4 * i + j for i in range(16)])
+        total = b.add(total, b.shuffle_vector(terms, ir.Constant(wide, ir.Undefined), lanes))
+    return total
+
+
+def _dot(first, last, name):
+    """The product of quads first .. last with a record's elements."""
+
+    def twin(q, record, start):
+        parts = read_memory(record, np.int8, 64).astype(np.int32).reshape(2, 32)
+        x = (128 * parts[0] + parts[1]).reshape(8, 1, 4)[first:last]
+        sums = (q.reshape(8, 16, 4)[first:last].astype(np.int32) * x).sum(axis=(0, 2))
+        return (sums + read_memory(start, np.int32, 1)).astype(np.float32)
+
+    def generate(b, q, record, start):
+        sums = [constant(0, VI32), broadcast(b, load(b, start, I32), VI32)]
+        for j in range(first, last):
+            lanes = ir.Constant(VI32, list(range(16 * j, 16 * j + 16)))
+            quad = b.shuffle_vector(q, ir.Constant(QUADS, ir.Undefined), lanes)
+            for part in range(2):
+                where = b.add(record, ir.Constant(I64, 32 * part + 4 * j))
+                x = broadcast(b, load(b, where, I32), VI32)
+                sums[part] = _four_products(b, sums[part], quad, x)
+        return b.sitofp(b.add(b.shl(sums[0], constant(7, VI32)), sums[1]), VF32)
+
+    generate.__name__ = name
+    return primitive(f32x16, u8x512, address, address, twin=twin)(generate)
+
+
+dot = _dot(0, 8, "dot")
+"""q times 128 high + low of a record, plus the int32 at `start` -> (16,), exact in int32."""
+dot_first, dot_last = _dot(0, 4, "dot_first"), _dot(4, 8, "dot_last")
+"""The same for the first 16 elements, and for the last."""
+
+
+ROUND = 1.5 * 2.0**23
+"""Added to a float32 below 2 ** 22, it leaves the nearest integer in the lower bits."""
+
+
+def _twin_quantize(x, inverse, out):
+    with np.errstate(invalid="ignore", over="ignore"):
+        moved = read_memory(x, np.float32, 16) * np.float32(inverse) + np.float32(ROUND)
+    whole = moved.view(np.int32) - np.float32(ROUND).view(np.int32)
+    high = (whole + 64) >> 7
+    write_memory(out, high.astype(np.int8))
+    write_memory(out + 32, (whole - 128 * high).astype(np.int8))
+    return int(whole.sum())
+
+
+@primitive(i64, address, f32, address, twin=_twin_quantize)
+def quantize16(b, x, inverse, out):
+    """16 floats at x times `inverse`, rounded -> high at out and low at out + 32; their sum."""
+    scaled = b.fmul(load(b, x, VF32), broadcast(b, inverse))
+    moved = b.bitcast(b.fadd(scaled, constant(ROUND)), VI32)
+    whole = b.sub(moved, constant(0x4B400000, VI32))
+    high = b.ashr(b.add(whole, constant(64, VI32)), constant(7, VI32))
+    low = b.sub(whole, b.shl(high, constant(7, VI32)))
+    store(b, b.trunc(high, VI8), out)
+    store(b, b.trunc(low, VI8), b.add(out, ir.Constant(I64, 32)))
+    return b.sext(call(b, "llvm.vector.reduce.add.v16i32", I32, [whole]), I64)
+
+
+@primitive(i64, address, twin=lambda p: read_memory(p, np.int32, 1)[0].item())
+def peek_i32(b, p):
+    return b.sext(load(b, p, I32), I64)
+
+
+@primitive(types.void, address, i64,
+           twin=lambda p, x: write_memory(p, np.int64(x).astype(np.int32)))  # fmt: skip
+def poke_i32(b, p, x):
+    """The lower 32 bits of x."""
+    store(b, b.trunc(x, I32), p)
+
+
+@primitive(types.void, address, i64,
+           twin=lambda p, x: write_memory(p, np.int64(x).astype(np.uint16)))  # fmt: skip
+def poke_u16(b, p, x):
+    store(b, b.trunc(x, I16), p)
+
+
+@primitive(types.void, address, i64,
+           twin=lambda p, x: write_memory(p, np.int64(x).astype(np.uint8)))  # fmt: skip
+def poke_u8(b, p, x):
+    store(b, b.trunc(x, I8), p)
+
+
+@primitive(i64, address, twin=lambda p: read_memory(p, np.uint16, 1)[0].item())
+def peek_u16(b, p):
+    return b.zext(load(b, p, I16), I64)
