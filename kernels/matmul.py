@@ -59,7 +59,7 @@ def calls(x, weight, out):
 
 
 def _layout(kernel, weight, m, k):
-    """What packs X, bytes of it packed, bytes a thread works in, and for panels X's rows a block."""
+    """What packs X, bytes of it packed, bytes a thread works in, rows of X a block of panels."""
     if weight.order == "panels":
         most = block_rows(m, k)
         return quantize_rows, RECORD * m * (k // 32), 64 * most, (most,)

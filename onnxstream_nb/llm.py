@@ -6,7 +6,7 @@ Dims: T tokens of one sequence, V vocabulary, positions 0 .. context - 1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of a full context is set aside. One caller at a time.
+    budget for the whole process, the memory of a full context is set aside. With `all_logits` the
+    head is computed for every position, for `logits`. One caller at a time.
     """
 
     def __init__(
@@ -41,13 +42,16 @@ class LanguageModel:
         ram: int | str | None = None,
         threads: int | None = None,
         context: int | None = None,
+        precision: str = "fast",
         device: str = "cpu",
+        all_logits: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
             progress("reading the model", None)
         graph = passes.optimize(load_graph(model), decode_constant)
-        self.graph = passes.rewrite_last_logits(graph)
+        self.all_logits = all_logits
+        self.graph = graph if all_logits else passes.rewrite_last_logits(graph)
         pairs = passes.find_cache(self.graph)
         if not pairs:
             raise UnsupportedError(
@@ -70,7 +74,8 @@ class LanguageModel:
         self.tokens: list[int] = []
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.session = Session(
-            self.graph, load=load, ram=ram, threads=threads, device=device, optimize=False,
+            self.graph, load=load, ram=ram, threads=threads, precision=precision, device=device,
+            optimize=False,
             reserve=bytes_at(self.graph, pairs, positions), progress=progress,
         )  # fmt: skip
 
@@ -102,6 +107,29 @@ class LanguageModel:
         Raises UsageError when they do not fit the context, Interrupted when `stop` is set
         meanwhile; `tokens` then says how far it came.
         """
+        for logits in self._passes(ids, stop):
+            last = logits[-1]
+        return cast(Logits, last)
+
+    def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
+        """Read `ids` and return the logits (T, V) float32 that follow each of them.
+
+        For a model opened with `all_logits`. Raises as `feed`, and UnsupportedError when the graph
+        gives the logits of its last position only.
+        """
+        if not self.all_logits:
+            raise UsageError("logits of every position need a model opened with all_logits=True")
+        chunks = list(self._passes(ids, stop))
+        logits = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        if len(logits) != len(ids):
+            raise UnsupportedError(
+                f"{self.graph.name or 'the graph'} gives logits of {len(logits)} of {len(ids)} "
+                "positions; export it with those of all, or read one at a time (--batch 1)"
+            )
+        return logits
+
+    def _passes(self, ids: Sequence[int], stop: threading.Event | None) -> Iterator[Logits]:
+        """The logits of each chunk of `ids`, all positions that the graph gives."""
         if len(ids) == 0:
             raise UsageError("feed needs at least one id")
         if len(self.tokens) + len(ids) > self.context:
@@ -110,8 +138,7 @@ class LanguageModel:
                 "raise --context or shorten the prompt"
             )
         for start in range(0, len(ids), self.chunk):
-            logits = self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
-        return logits
+            yield self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
 
     def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:
         past = len(self.tokens)
@@ -125,7 +152,7 @@ class LanguageModel:
             slot.append(np.split(result[present], [past], slot.axis)[1])
         self._cache.length = len(self.tokens)
         logits = np.asarray(result[self._logits.name], np.float32)
-        return cast(Logits, logits.reshape(-1, logits.shape[-1])[-1])
+        return logits.reshape(-1, logits.shape[-1])
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

@@ -13,6 +13,13 @@ DEBUG = Option(("--debug",), "show the traceback of an error", truth, default=Fa
 TRACE = Option(("--trace",), "time and bytes of each operator, on stderr", truth, default=False)
 JSON = Option(("--json",), "print one JSON object and nothing else", truth, default=False)
 THREADS = Option(("--threads",), "threads; default: the physical cores", whole(1), "N")
+PRECISION = Option(
+    ("--precision",),
+    "products of a prompt: exact as in float32, or fast in bfloat16 where the processor has it",
+    choice("fast", "exact"),
+    "KIND",
+    default="fast",
+)
 LOADING = (
     Option(
         ("--load",),
@@ -24,6 +31,7 @@ LOADING = (
     ),
     Option(("--ram",), "most memory to use, for example 2GB; the rest is streamed", size, "SIZE"),
     THREADS,
+    PRECISION,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SAMPLING = (
@@ -89,7 +97,34 @@ BENCH = (
         ("--dtype",), "storage of random weights: f16, q8_0 or q4_0; default f16",
         choice("f16", "q8_0", "q4_0"), "TYPE",
     ),
-    *LOADING[:3], JSON, TRACE,
+    *LOADING[:4], JSON, TRACE,
+)  # fmt: skip
+PERPLEXITY = (
+    Option(("--text",), "a file of UTF-8 text to predict", text, "FILE", required=True),
+    Option(
+        ("--window",),
+        "tokens of a window; each starts from an empty cache, and only the second half of it"
+        " counts; default 512",
+        whole(8),
+        "W",
+        default=512,
+    ),
+    Option(("--tokens",), "read the first N tokens of the text only", whole(1), "N"),
+    Option(
+        ("--batch",), "read at most N tokens at a time, 1 as in generating; default: as a prompt",
+        whole(1), "N",
+    ),
+    Option(
+        ("--reference",), "a model of the same vocabulary to compare with: KL(reference || model)",
+        text, "MODEL",
+    ),
+    Option(
+        ("--reference-precision",),
+        "the reference's precision; alone it compares the model with itself at that precision",
+        choice("fast", "exact"),
+        "KIND",
+    ),
+    *LOADING[:4], JSON, TRACE,
 )  # fmt: skip
 INSPECT = (
     Option(("--plan",), "print what will run, in order", truth, default=False),
@@ -114,6 +149,12 @@ VERBS: Mapping[str, Verb] = {
     "chat": Verb("cli.commands:chat", "talk with a model", CHAT, "optional"),
     "generate": Verb("cli.commands:generate", "complete one prompt", GENERATE, "required"),
     "bench": Verb("measure:bench", "measure tokens per second", BENCH, "required"),
+    "perplexity": Verb(
+        "cli.perplexity:perplexity",
+        "measure how well a model predicts a text",
+        PERPLEXITY,
+        "required",
+    ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
