@@ -4,6 +4,7 @@ No shapes here. The parent stays small (the compiler takes some 100 MB) and can 
 (a KeyboardInterrupt inside the compiler can be swallowed); the children share the disk cache.
 """
 
+import ctypes
 import queue
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from ..errors import OnnxstreamError
 from ..registry import kernels, op
 from .jit import JIT, cache_root, prune
 from .threads import set_precision, set_threads
+
+DONTNEED = 4  # madvise: these pages will not be needed soon
 
 _CHILD = """
 import sys
@@ -47,18 +50,31 @@ def prepare(names, workers, progress=None):
     if not JIT:
         return
     missing = [k.name for k in wanted if not k.load()]
-    if not missing:
-        return
     if cache_root() is None:
         for done, name in enumerate(missing):
             _tell(progress, name, done, len(missing))
             kernels()[name].compile()
+    elif missing:
+        _compile_in_children(missing, workers, progress)
+        prune()
+        for name in missing:
+            if not kernels()[name].load():
+                raise OnnxstreamError(f"kernel {name} was compiled but is not in {cache_root()}")
+    _drop_compiler_pages()
+
+
+def _drop_compiler_pages():
+    """Give back what the compiler's own code takes, some 50 MB: the system reads it again from its
+    file should it be needed. Only code, which nobody has written to, and only on Linux."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
         return
-    _compile_in_children(missing, workers, progress)
-    prune()
-    for name in missing:
-        if not kernels()[name].load():
-            raise OnnxstreamError(f"kernel {name} was compiled but is not in {cache_root()}")
+    system = ctypes.CDLL(None)
+    for line in maps.read_text().splitlines():
+        where, rights, *_, name = line.split()
+        if rights == "r-xp" and name.endswith("libllvmlite.so"):
+            start, stop = (int(address, 16) for address in where.split("-"))
+            system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), DONTNEED)
 
 
 def _tell(progress, name, done, total):

@@ -14,6 +14,8 @@ class Packer:
         token = TOKENS.get(ref.encoding)
         if token is None or not SUPPORTED or len(ref.shape) != 2 or not ref.transposed:
             return 0
+        if 0 in ref.shape:
+            return 0
         return token.panel_bytes(ref.shape[0])
 
     def pack(self, ref, rows, out, count):

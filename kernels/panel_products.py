@@ -7,6 +7,8 @@ integers (quads.py): their product is scale times an integer sum, plus offset ti
 activations. The relative error against float32 activations is below 1e-4.
 """
 
+import numpy as np
+
 from .jit import arg, jit, kernel, share
 from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
 from .quads import (
@@ -18,6 +20,7 @@ from .vector import (
     sum_lanes, zero,
 )  # fmt: skip
 
+LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
 ROWS = 16  # of W a panel
 AHEAD = 2368  # bytes: what comes two to eight groups later; the hardware loses track of units
 BLOCK_BYTES = 400_000  # of records that are multiplied with one panel after the other, in L2
@@ -37,7 +40,7 @@ def quantize(x, k, records, step):
         # What is not finite must reach the result: 0 x is then NaN, and with it the scale.
         marks = add(mul(load_f32(p), zero()), mul(load_f32(p + 64), zero()))
         scale = largest / LIMIT + sum_lanes(marks)
-        inverse = LIMIT / largest if largest > 0 else 0.0
+        inverse = LIMIT / largest if largest > LEAST else np.float32(0)
         first, last = quantize16(p, inverse, out), quantize16(p + 64, inverse, out + 16)
         poke_f32(out + SCALE, scale)
         poke_f32(out + SUM, scale * (first + last))

@@ -25,9 +25,12 @@ def decode_rows(weight, ids=None):
     out = np.empty((n, k), np.float32)
     if out.size == 0:
         return out
-    where = 0 if ids is None else ids.ctypes.data
+    address, where = weight.address, 0 if ids is None else ids.ctypes.data
+    if weight.read_rows is not None:
+        rows = weight.read_rows(range(n) if ids is None else ids)
+        address, where = rows.ctypes.data, 0
     kernel = kernels()[f"decode_{weight.encoding}"]
-    launch(kernel, weight.address, weight.row_bytes, out.ctypes.data, n, k, where)
+    launch(kernel, address, weight.row_bytes, out.ctypes.data, n, k, where)
     if weight.encoding == "uint8":
         out -= np.float32(weight.zero_point)
         out *= np.float32(weight.scale)

@@ -82,6 +82,11 @@ class WeightRef:
         where = self.source if isinstance(self.source, Path) else id(self.source)
         return (where, self.offset, self.nbytes, self.encoding)
 
+    @property
+    def matrix(self) -> tuple[object, ...]:
+        """Equal for two references to the same stored bytes seen as the same logical tensor."""
+        return (*self.key, self.shape, self.transposed)
+
 
 @dataclass(frozen=True, slots=True)
 class Value:

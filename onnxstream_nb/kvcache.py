@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UnsupportedError
+from .errors import UnsupportedError, UsageError
 from .graph import Graph, Value
 from .passes.kvcache import CachePair
 from .weights import numpy_dtype
 
+ENCODINGS = ("f16", "q8")  # how keys and values are stored
 GROWTH = 256  # positions; also the least capacity
 
 
@@ -25,27 +26,41 @@ def _capacity(length: int) -> int:
 
 
 class KVSlot:
-    """One layer's keys or values as Attention's kernels want them, in float16.
+    """One layer's keys or values as Attention's kernels want them.
 
-    Keys are stored transposed, (KV, D, capacity); values as (KV, capacity, D padded to 32).
+    Keys are stored in blocks of 32 positions, (KV, capacity / 32, D, 32), values in panels of 32
+    columns, (KV, D / 32, capacity, 32), D padded. `encoding` "f16" keeps them as float16; "q8" as
+    int8 with a float32 scale for each position and head, `scales` (KV, capacity): a little over
+    half the bytes, each element off by at most 1/254 of the largest of its position and head.
     `reserve` makes room; `length` is how many positions count, and may be set back. A run writes
     behind it and leaves it alone: what it wrote counts when the caller says so. As an array it is
     of `dtype`, the graph's.
     """
 
     def __init__(
-        self, kind: str, heads: int, size: int, dtype: np.dtype[Any] | None = None
+        self,
+        kind: str,
+        heads: int,
+        size: int,
+        dtype: np.dtype[Any] | None = None,
+        encoding: str = "f16",
     ) -> None:
         self.kind, self.heads, self.size = kind, heads, size
         self.dtype = np.dtype(np.float32) if dtype is None else dtype
         self.padded = -(-size // 32) * 32
+        self.quantised = encoding == "q8"
         self.length = self.capacity = 0
-        self.array: np.ndarray[Any, Any] = np.zeros(0, np.float16)
+        self.array, self.scales = self._room()
 
     @property
     def address(self) -> int:
-        """Where the float16 elements begin."""
+        """Where the elements begin."""
         return int(self.array.ctypes.data)
+
+    @property
+    def scales_address(self) -> int:
+        """Where the scales begin; they are there only in "q8"."""
+        return int(self.scales.ctypes.data)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -55,7 +70,7 @@ class KVSlot:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes now, room to grow included."""
-        return int(self.array.nbytes)
+        return int(self.array.nbytes + self.scales.nbytes)
 
     def advanced(self, length: int) -> KVSlot:
         """The same memory with `length` positions: a present beside its past."""
@@ -67,22 +82,33 @@ class KVSlot:
         """Make room for `length` positions; what is there stays."""
         if length <= self.capacity:
             return
-        old, kept, self.capacity = self.array, self.length, _capacity(length)
+        old, scales = self.array, self.scales
+        self.capacity = _capacity(length)
+        self.array, self.scales = self._room()
         if self.kind == "key":
-            self.array = np.zeros((self.heads, self.size, self.capacity), np.float16)
-            if kept:
-                self.array[:, :, :kept] = old[:, :, :kept]
+            blocks = -(-self.length // 32)
+            self.array[:, :blocks] = old[:, :blocks]
         else:
-            self.array = np.zeros((self.heads, self.capacity, self.padded), np.float16)
-            if kept:
-                self.array[:, :kept] = old[:, :kept]
+            self.array[:, :, : self.length] = old[:, :, : self.length]
+        if self.quantised:
+            self.scales[:, : self.length] = scales[:, : self.length]
+
+    def _room(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Zeroed elements and scales for `capacity` positions."""
+        shape = (self.heads, self.capacity // 32, self.size, 32)
+        if self.kind != "key":
+            shape = (self.heads, self.padded // 32, self.capacity, 32)
+        elements = np.zeros(shape, np.int8 if self.quantised else np.float16)
+        return elements, np.zeros((self.heads, self.capacity * self.quantised), np.float32)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        if self.kind == "key":
-            filled = self.array.reshape(self.heads, self.size, -1).transpose(0, 2, 1)
-        else:
-            filled = self.array.reshape(self.heads, -1, self.padded)[:, :, : self.size]
-        return filled[None, :, : self.length].astype(dtype or self.dtype)
+        order = (0, 1, 3, 2) if self.kind == "key" else (0, 2, 1, 3)
+        columns = self.size if self.kind == "key" else self.padded
+        filled = self.array.transpose(order).reshape(self.heads, self.capacity, columns)
+        filled = filled[None, :, : self.length, : self.size]
+        if self.quantised:
+            filled = filled * self.scales[None, :, : self.length, None]
+        return filled.astype(dtype or self.dtype)
 
 
 class ArraySlot:
@@ -132,9 +158,14 @@ class ArraySlot:
 
 
 class KVCache:
-    """All slots of a model. `length` positions are filled; setting it back forgets the rest."""
+    """All slots of a model. `length` positions are filled; setting it back forgets the rest.
 
-    def __init__(self, graph: Graph, pairs: Sequence[CachePair]) -> None:
+    `encoding` says how those that Attention reads are stored; see KVSlot.
+    """
+
+    def __init__(self, graph: Graph, pairs: Sequence[CachePair], encoding: str = "f16") -> None:
+        if encoding not in ENCODINGS:
+            raise UsageError(f"kv_cache must be one of {', '.join(ENCODINGS)}, not {encoding!r}")
         inputs = {v.name: v for v in graph.inputs}
         readers = graph.consumers()
         self.slots: dict[str, KVSlot | ArraySlot] = {}
@@ -142,7 +173,8 @@ class KVCache:
             # Others that read it (Shape, for the positions) get its shape, or an array.
             fused = any(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
             value = inputs[pair.past_input]
-            self.slots[pair.past_input] = _kv_slot(value, pair) if fused else _array_slot(value)
+            slot = _kv_slot(value, pair, encoding) if fused else _array_slot(value)
+            self.slots[pair.past_input] = slot
 
     @property
     def length(self) -> int:
@@ -162,33 +194,35 @@ class KVCache:
         return sum(slot.nbytes for slot in self.slots.values())
 
 
-def bytes_per_position(graph: Graph, pairs: Sequence[CachePair]) -> int:
+def bytes_per_position(graph: Graph, pairs: Sequence[CachePair], encoding: str = "f16") -> int:
     """What one more position of context takes, in bytes: of the slots, with room to grow."""
     total = 0
-    for slot in KVCache(graph, pairs).slots.values():
+    for slot in KVCache(graph, pairs, encoding).slots.values():
         slot.reserve(GROWTH)
         total += slot.nbytes // slot.capacity
     return total * 5 // 4
 
 
-def bytes_at(graph: Graph, pairs: Sequence[CachePair], positions: int) -> int:
+def bytes_at(
+    graph: Graph, pairs: Sequence[CachePair], positions: int, encoding: str = "f16"
+) -> int:
     """The most that a cache takes on its way to so many positions, in bytes: the slots with their
     room to grow, and one that moves."""
     sizes = []
-    for slot in KVCache(graph, pairs).slots.values():
+    for slot in KVCache(graph, pairs, encoding).slots.values():
         slot.reserve(GROWTH)
         sizes.append(slot.nbytes // slot.capacity * _capacity(positions))
     return sum(sizes) + max(sizes, default=0)
 
 
-def _kv_slot(value: Value, pair: CachePair) -> KVSlot:
+def _kv_slot(value: Value, pair: CachePair, encoding: str) -> KVSlot:
     _, heads, _, size = value.shape or (None,) * 4
     if not isinstance(heads, int) or not isinstance(size, int):
         raise UnsupportedError(
             f"the input {value.name} has the shape {value.shape}: its heads and their size must be "
             "numbers; export the model with them fixed"
         )
-    return KVSlot(pair.kind, heads, size, numpy_dtype(value.dtype))
+    return KVSlot(pair.kind, heads, size, numpy_dtype(value.dtype), encoding)
 
 
 def _array_slot(value: Value) -> ArraySlot:

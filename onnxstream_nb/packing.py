@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from .graph import WeightRef
-from .weights import DiskProvider, MmapProvider, Weight, WeightsProvider
+from .weights import DiskProvider, Weight, WeightsProvider
 
 CHUNK_BYTES = 4_000_000  # read at a time: what is held twice
 ALIGNMENT = 64
-
-Key = tuple[Any, ...]
 
 
 class Packer(Protocol):
@@ -29,10 +28,6 @@ class Packer(Protocol):
 
     def pack(self, ref: WeightRef, rows: np.ndarray[Any, Any], out: int, count: int) -> None:
         """Pack `count` stored rows, flat bytes, into the panels at address `out`."""
-
-
-def _key(ref: WeightRef) -> Key:
-    return (*ref.key, ref.shape, ref.transposed)
 
 
 def _size(ref: WeightRef, panel_bytes: int) -> int:
@@ -54,46 +49,52 @@ class PackedProvider:
         progress: Callable[[str, float | None], None] | None = None,
     ) -> None:
         self.others = others
-        self.bytes_read = 0
-        self._tables = MmapProvider()  # rows of what is packed as well: an embedding that is tied
-        self._weights: dict[Key, Weight] = {}
-        self._keys: set[Key] = set()
-        wanted = {_key(ref): (ref, packer.panel_bytes(ref)) for ref in refs}
+        self._disk = DiskProvider()
+        self._weights: dict[object, Weight] = {}
+        wanted = {ref.matrix: (ref, packer.panel_bytes(ref)) for ref in refs}
+        self._keys = {ref.key for ref, _ in wanted.values()}
         total = sum(_size(*found) for found in wanted.values())
-        memory = _memory(total)
-        done, disk = 0, DiskProvider()
-        try:
-            for key, (ref, panel_bytes) in wanted.items():
-                if progress is not None:
-                    progress("packing weights", done / total)
-                size = _size(ref, panel_bytes)
-                self._weights[key] = _packed(ref, panel_bytes, memory[done : done + size])
-                self._fill(self._weights[key], disk, packer)
-                self._keys.add(ref.key)
-                done += size
-        finally:
-            self.bytes_read = disk.bytes_read
-            disk.close()
+        memory, done = _memory(total), 0
+        for matrix, (ref, panel_bytes) in wanted.items():
+            if progress is not None:
+                progress("packing weights", done / total)
+            size = _size(ref, panel_bytes)
+            self._weights[matrix] = _packed(ref, panel_bytes, memory[done : done + size])
+            self._fill(self._weights[matrix], packer)
+            done += size
 
-    def _fill(self, weight: Weight, disk: DiskProvider, packer: Packer) -> None:
+    def _fill(self, weight: Weight, packer: Packer) -> None:
         ref, rows = weight.ref, weight.ref.stored_shape[0]
         row_bytes = ref.nbytes // rows
         step = max(1, CHUNK_BYTES // row_bytes // 16) * 16
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            stored = disk.read(ref, first * row_bytes, (first + count) * row_bytes)
+            stored = self._disk.read(ref, first * row_bytes, (first + count) * row_bytes)
             packer.pack(ref, stored, weight.address + first // 16 * weight.row_bytes, count)
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        return self._disk.bytes_read + int(getattr(self.others, "bytes_read", 0))
+
     def get(self, ref: WeightRef) -> Weight:
-        """The panels of a weight that was packed, else what the other provider has."""
-        found = self._weights.get(_key(ref))
-        if found is not None:
-            return found
-        return (self._tables if ref.key in self._keys else self.others).get(ref)
+        """The panels of a weight that was packed, else what the other provider has.
+
+        Of bytes that are packed but wanted as stored too (an embedding tied to the head), only the
+        rows that are looked up are read.
+        """
+        found = self._weights.get(ref.matrix)
+        if found is None and ref.key in self._keys:
+            return Weight(ref, np.empty(0, np.uint8), partial(self._read_rows, ref))
+        return self.others.get(ref) if found is None else found
+
+    def _read_rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
+        row_bytes = ref.nbytes // ref.stored_shape[0]
+        rows = [self._disk.read(ref, row_bytes * i, row_bytes * (i + 1)) for i in map(int, ids)]
+        return np.stack(rows)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """For the other provider: panels are in memory."""
-        self._tables.prefetch(())
         self.others.prefetch([r for r in refs if r.key not in self._keys])
 
     def release(self, ref: WeightRef) -> None:
@@ -102,7 +103,7 @@ class PackedProvider:
     def close(self) -> None:
         """Let go of the panels and of the files."""
         self._weights.clear()
-        self._tables.close()
+        self._disk.close()
         getattr(self.others, "close", lambda: None)()
 
 

@@ -90,8 +90,7 @@ def make_plan(
         if operator is not None
     )
     weights = tuple(ref for step in steps for ref in step.weights)
-    packable = {name: graph.initializers[name] for name in _packable(graph, operators)}
-    packable = {name: ref for name, ref in packable.items() if has_panels(ref)}
+    packable = {n: ref for n, ref in _packable(graph, operators).items() if has_panels(ref)}
     kernels = [
         tuple(dict.fromkeys(k for step in steps for k in _kernels(step, graph, packed, precision)))
         for packed in (frozenset[str](), packable)
@@ -99,14 +98,18 @@ def make_plan(
     return Plan(graph, steps, constants, weights, tuple(packable.values()), *kernels)
 
 
-def _packable(graph: Graph, operators: Sequence[Operator | None]) -> set[str]:
-    """The initializers that all their readers take as panels."""
-    taken: dict[str, bool] = {v.name: False for v in graph.outputs}
+def _packable(graph: Graph, operators: Sequence[Operator | None]) -> dict[str, WeightRef]:
+    """The initializers that all readers of the same matrix take as panels."""
+    taken: dict[object, bool] = {}
+    refs = graph.initializers
     for node, operator in zip(graph.nodes, operators, strict=True):
         for i, name in enumerate(node.inputs):
-            packs = operator is not None and i in operator.packs
-            taken[name] = taken.get(name, True) and packs
-    return {name for name, packs in taken.items() if packs and name in graph.initializers}
+            if name in refs:
+                packs = operator is not None and i in operator.packs
+                matrix = refs[name].matrix
+                taken[matrix] = taken.get(matrix, True) and packs
+    taken.update((refs[v.name].matrix, False) for v in graph.outputs if v.name in refs)
+    return {name: ref for name, ref in refs.items() if taken.get(ref.matrix)}
 
 
 def _operator(graph: Graph, node: Node) -> Operator | None:

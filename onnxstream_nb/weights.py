@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,14 +28,21 @@ class Weight:
 
     `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
     `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array. A weight that was
-    packed holds its rows in panels of `row_bytes` (kernels/panels.py).
+    packed holds its rows in panels of `row_bytes` (kernels/panels.py); of one that is left in its
+    file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty.
     """
 
-    __slots__ = ("address", "buffer", "packed", "ref", "row_bytes")
+    __slots__ = ("address", "buffer", "packed", "read_rows", "ref", "row_bytes")
 
-    def __init__(self, ref: WeightRef, buffer: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self,
+        ref: WeightRef,
+        buffer: np.ndarray[Any, Any],
+        read_rows: Callable[[Iterable[int]], np.ndarray[Any, Any]] | None = None,
+    ) -> None:
         self.ref = ref
         self.buffer = buffer
+        self.read_rows = read_rows
         self.address = int(buffer.ctypes.data)
         rows = 1
         for n in ref.stored_shape[:-1]:
