@@ -2,7 +2,7 @@
 
 Dims: N outputs, K inputs. Row order (`rows`): W is stored (N, K), as GGUF and safetensors hold it.
 Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. x (K,), y (N,) are float32.
-Each weight is read once; the threads own contiguous ranges of outputs.
+Each weight is read once; the threads own contiguous ranges of stored rows.
 """
 
 from .encoding import element, unpack
@@ -10,13 +10,15 @@ from .jit import arg, inline, jit, kernel, share
 from .quant import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, UINT8
 from .simd import host_has
 from .vector import (
-    add, fma, load_f32, peek_f32, poke_f32, prefetch, splat, store_f32, sum_lanes, zero,
+    add, fma, load_f32, peek_f32, poke_f32, prefetch, splat, store_f32, store_f32_n,
+    sum_lanes, zero,
 )  # fmt: skip
 
 ONE_STREAM = host_has("sse4a")
 """AMD's cores follow one row after the other (Zen 4: 23 GB/s a thread) faster than four side by
 side (18), and fastest when no software prefetch comes between; Intel's want both."""
 AHEAD = 512  # bytes: far enough for a line to arrive, near enough to stay in the first cache
+PARTS = 16  # of a matrix in column order, that threads share
 SHORT = 2048  # bytes: a row so short ends before the hardware has noticed that it is read
 
 
@@ -93,14 +95,25 @@ def rows(token, args, thread, threads):
 
 
 @jit
-def add_rows(token, row, stride, x, y, start, stop):
-    """y[start:stop] += x (4,) times 4 stored rows (4, N), each `stride` bytes long."""
+def add_row(token, row, x, y, n):
+    """y (N,) += x times a stored row (N,)."""
+    factor = splat(x)
+    for g in range(n >> 5):
+        low, high = unpack(token, row, g)
+        p = y + 128 * g
+        store_f32(p, fma(low, factor, load_f32(p)))
+        store_f32(p + 64, fma(high, factor, load_f32(p + 64)))
+    for j in range(n >> 5 << 5, n):
+        poke_f32(y + 4 * j, peek_f32(y + 4 * j) + element(token, row, j) * x)
+
+
+@jit
+def add_rows(token, row, stride, x, y, n):
+    """y (N,) += x (4,) times 4 stored rows (4, N), each `stride` bytes long."""
     x0, x1 = splat(peek_f32(x)), splat(peek_f32(x + 4))
     x2, x3 = splat(peek_f32(x + 8)), splat(peek_f32(x + 12))
     r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
-    first = (start + 31) // 32 * 32
-    last = max(first, stop // 32 * 32)
-    for g in range(first >> 5, last >> 5):
+    for g in range(n >> 5):
         p = y + 128 * g
         a, b = load_f32(p), load_f32(p + 64)
         low, high = unpack(token, row, g)
@@ -113,34 +126,51 @@ def add_rows(token, row, stride, x, y, start, stop):
         a, b = fma(low, x3, a), fma(high, x3, b)
         store_f32(p, a)
         store_f32(p + 64, b)
-    add_row_edges(token, row, stride, x, y, last, stop, 4)
-
-
-@jit
-def add_row_edges(token, row, stride, x, y, start, stop, count):
-    """y[start:stop] += x (count,) times `count` stored rows, one output at a time."""
-    for j in range(start, stop):
+    for j in range(n >> 5 << 5, n):
         total = peek_f32(y + 4 * j)
-        for i in range(count):
+        for i in range(4):
             total += element(token, row + stride * i, j) * peek_f32(x + 4 * i)
         poke_f32(y + 4 * j, total)
 
 
 @jit
 def columns(token, args, thread, threads):
-    """args: W (K, N), bytes a row, x, y, N, K. Threads own columns, in cuts of 32."""
-    weights, stride, x, y, n, k = (
+    """args: W (K, N), bytes a row, x, partial sums (PARTS, N), bytes of one of them, N, K.
+
+    The stored rows are cut into PARTS whatever the number of threads, so that the result is the
+    same; each part is one stretch of memory. `gemv_columns_sum` adds up their sums.
+    """
+    weights, stride, x, sums, each, n, k = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+        arg(args, 6),
     )  # fmt: skip
-    start, stop = share(n, 32, thread, threads)
-    for j in range(start, stop):
-        poke_f32(y + 4 * j, 0.0)
-    last = k // 4 * 4
-    for i in range(0, last, 4):
-        add_rows(token, weights + stride * i, stride, x + 4 * i, y, start, stop)
-    if last < k:
-        row = weights + stride * last
-        add_row_edges(token, row, stride, x + 4 * last, y, start, stop, k - last)
+    first, last = share(PARTS, 1, thread, threads)
+    for part in range(first, last):
+        y, start, stop = sums + each * part, k * part // PARTS, k * (part + 1) // PARTS
+        for j in range(0, n, 16):
+            store_f32(y + 4 * j, zero())
+        single = start if ONE_STREAM else start + (stop - start) // 4 * 4
+        for i in range(start, single, 4):
+            add_rows(token, weights + stride * i, stride, x + 4 * i, y, n)
+        for i in range(single, stop):
+            add_row(token, weights + stride * i, peek_f32(x + 4 * i), y, n)
+
+
+def sum_bytes(n):
+    """Bytes of the sums of one part, N columns."""
+    return 4 * (-(-n // 16) * 16)
+
+
+@kernel
+def gemv_columns_sum(args, thread, threads):
+    """The sums of all parts (PARTS, N) -> y (N,). args: sums, bytes of one, y, N."""
+    sums, each, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    start, stop = share(n, 16, thread, threads)
+    for j in range(start, stop, 16):
+        total = zero()
+        for i in range(PARTS):
+            total = add(total, load_f32(sums + each * i + 4 * j))
+        store_f32_n(y + 4 * j, total, n - j)
 
 
 @kernel

@@ -9,14 +9,19 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..registry import kernels, op
-from . import gemm_bf16
+from . import gemm_bf16, gemv
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import Rows, plain
 from .panel_products import block_rows, quantize_rows
 from .quads import RECORD
 from .threads import is_fast, team
 
-USES = ("gemv_{order}_{encoding}", "gemm{precision}_{order}_{encoding}", "gemm{precision}_pack")
+USES = (
+    "gemv_{order}_{encoding}",
+    "gemm{precision}_{order}_{encoding}",
+    "gemm{precision}_pack",
+    "gemv_columns_sum",
+)
 
 
 class Matrix:
@@ -45,10 +50,14 @@ def calls(x, weight, out):
     """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in."""
     (m, k), n = x.shape, weight.shape[1]
     if m == 1:
-        kernel = _kernel("gemv", weight)
-        where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data
+        kernel, where = _kernel("gemv", weight), (weight.address, weight.row_bytes, x.ctypes.data)
+        if weight.order == "columns":
+            each = gemv.sum_bytes(n)
+            sums, held = team().workspace(gemv.PARTS * each)
+            total = (gemv.gemv_columns_sum, sums, each, out.ctypes.data, n)
+            return [(kernel, *where, sums, each, n, k), total], (held,)
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
-        return [(kernel, *where, n, k, scratch, each)], (held,)
+        return [(kernel, *where, out.ctypes.data, n, k, scratch, each)], (held,)
     kernel = _kernel("gemm_fast" if is_fast() else "gemm", weight)
     pack, nbytes, working, most = _layout(kernel, weight, m, k)
     left, kept = team().workspace(nbytes)
