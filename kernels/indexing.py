@@ -20,7 +20,7 @@ def in_range(name, indices, size, axis):
     return np.where(indices < 0, indices + size, indices)
 
 
-@op("Gather", since=1, native=("data",), uses=USES)
+@op("Gather", since=1, native=("data",), lookups=("data",), uses=USES)
 def gather(data, indices, *, axis=0):
     """data (..., C, ...), indices (...) -> data's shape with C replaced by the indices' shape."""
     axis = axis % len(data.shape)

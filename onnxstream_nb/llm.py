@@ -88,12 +88,9 @@ class LanguageModel:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that generating one token reads: all but tables it picks rows from."""
-        read = {
-            ref.key: ref.nbytes
-            for step in self.session.plan.steps
-            if step.node.op_type != "Gather"
-            for ref in step.weights
-        }
+        tables = {ref.matrix for ref in self.session.plan.tables}
+        weights = self.session.plan.weights
+        read = {ref.key: ref.nbytes for ref in weights if ref.matrix not in tables}
         return sum(read.values())
 
     @property

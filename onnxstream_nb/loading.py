@@ -120,9 +120,8 @@ def _by_preference(plan: Plan) -> list[WeightRef]:
     """The distinct weights, those first whose streaming costs most for a byte kept: a table for
     the sake of some rows, then what a pass reads more than once; the small ones first of equals."""
     uses = Counter(ref.key for ref in plan.weights)
-    multiplied = {
-        ref.key for step in plan.steps if step.node.op_type != "Gather" for ref in step.weights
-    }
+    tables = {ref.matrix for ref in plan.tables}
+    multiplied = {ref.key for ref in plan.weights if ref.matrix not in tables}
     refs = {ref.key: ref for ref in plan.weights}.values()
     return sorted(refs, key=lambda ref: (ref.key in multiplied, -uses[ref.key], ref.nbytes))
 

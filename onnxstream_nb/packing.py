@@ -6,6 +6,7 @@ file's own rows they read at half of it. What is only looked up by rows stays as
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -47,12 +48,15 @@ class PackedProvider:
         refs: Iterable[WeightRef],
         packer: Packer,
         progress: Callable[[str, float | None], None] | None = None,
+        *,
+        tables: Iterable[WeightRef] = (),
     ) -> None:
         self.others = others
         self._disk = DiskProvider()
         self._weights: dict[object, Weight] = {}
         wanted = {ref.matrix: (ref, packer.panel_bytes(ref)) for ref in refs}
-        self._keys = {ref.key for ref, _ in wanted.values()}
+        keys = {ref.key for ref, _ in wanted.values()}
+        self._tables = {ref.matrix for ref in tables if ref.key in keys}
         total = sum(_size(*found) for found in wanted.values())
         memory, done = _memory(total), 0
         for matrix, (ref, panel_bytes) in wanted.items():
@@ -80,22 +84,24 @@ class PackedProvider:
     def get(self, ref: WeightRef) -> Weight:
         """The panels of a weight that was packed, else what the other provider has.
 
-        Of bytes that are packed but wanted as stored too (an embedding tied to the head), only the
-        rows that are looked up are read.
+        Of a table whose bytes are packed as well (an embedding tied to the head) only the rows
+        that are looked up are read.
         """
-        found = self._weights.get(ref.matrix)
-        if found is None and ref.key in self._keys:
+        if ref.matrix in self._weights:
+            return self._weights[ref.matrix]
+        if ref.matrix in self._tables:
             return Weight(ref, np.empty(0, np.uint8), partial(self._read_rows, ref))
-        return self.others.get(ref) if found is None else found
+        return self.others.get(ref)
 
     def _read_rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
-        row_bytes = ref.nbytes // ref.stored_shape[0]
+        row_bytes = ref.nbytes // math.prod(ref.stored_shape[:-1])
         rows = [self._disk.read(ref, row_bytes * i, row_bytes * (i + 1)) for i in map(int, ids)]
         return np.stack(rows)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """For the other provider: panels are in memory."""
-        self.others.prefetch([r for r in refs if r.key not in self._keys])
+        mine = self._tables | self._weights.keys()
+        self.others.prefetch([r for r in refs if r.matrix not in mine])
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: all is kept."""

@@ -48,7 +48,8 @@ class Plan:
     """Steps in order, the constants by name, the weights in order of use, the kernels' names.
 
     `packable` are the weights that no operator wants otherwise than as panels, if they have that
-    form; `kernels` are for weights as stored, `panel_kernels` when those are packed.
+    form, `tables` those of which only rows are looked up; `kernels` are for weights as stored,
+    `panel_kernels` when those are packed.
     """
 
     graph: Graph
@@ -56,6 +57,7 @@ class Plan:
     constants: Mapping[str, Array]
     weights: tuple[WeightRef, ...]
     packable: tuple[WeightRef, ...]
+    tables: tuple[WeightRef, ...]
     kernels: tuple[str, ...]
     panel_kernels: tuple[str, ...]
 
@@ -90,24 +92,26 @@ def make_plan(
         if operator is not None
     )
     weights = tuple(ref for step in steps for ref in step.weights)
-    packable = {n: ref for n, ref in _packable(graph, operators).items() if has_panels(ref)}
+    packable = _read_as(graph, operators, "packs")
+    packable = {name: ref for name, ref in packable.items() if has_panels(ref)}
+    tables = tuple(_read_as(graph, operators, "lookups").values())
     kernels = [
         tuple(dict.fromkeys(k for step in steps for k in _kernels(step, graph, packed, precision)))
         for packed in (frozenset[str](), packable)
     ]
-    return Plan(graph, steps, constants, weights, tuple(packable.values()), *kernels)
+    return Plan(graph, steps, constants, weights, tuple(packable.values()), tables, *kernels)
 
 
-def _packable(graph: Graph, operators: Sequence[Operator | None]) -> dict[str, WeightRef]:
-    """The initializers that all readers of the same matrix take as panels."""
+def _read_as(graph: Graph, operators: Sequence[Operator | None], how: str) -> dict[str, WeightRef]:
+    """The initializers that every reader of the same matrix takes as `how`: packs or lookups."""
     taken: dict[object, bool] = {}
     refs = graph.initializers
     for node, operator in zip(graph.nodes, operators, strict=True):
         for i, name in enumerate(node.inputs):
             if name in refs:
-                packs = operator is not None and i in operator.packs
+                takes = operator is not None and i in getattr(operator, how)
                 matrix = refs[name].matrix
-                taken[matrix] = taken.get(matrix, True) and packs
+                taken[matrix] = taken.get(matrix, True) and takes
     taken.update((refs[v.name].matrix, False) for v in graph.outputs if v.name in refs)
     return {name: ref for name, ref in refs.items() if taken.get(ref.matrix)}
 

@@ -30,9 +30,9 @@ class Operator:
 
     `native` names the inputs that the function takes in the engine's own form (an encoded
     `Weight`, a `KVSlot`); all other inputs reach it as numpy arrays. `packs` names those of them
-    that it may be given as panels (kernels/panels.py). `attributes` are the keyword-only
-    parameters; `variadic` says that it takes `*inputs`; `wants_outputs` that it takes `n_outputs`,
-    the number of outputs the node names. `uses` names the kernels it may call, so
+    that it may be given as panels (kernels/panels.py), `lookups` those of which it reads single
+    rows. `attributes` are the keyword-only parameters; `wants_outputs` says that it takes
+    `n_outputs`, the number of outputs the node names. `uses` names the kernels it may call, so
     that they are compiled before the first run; "{encoding}" stands for its weight's encoding.
     `lower` takes what the function takes and returns the kernel calls that compute it, into
     arrays of its own, or None when for these inputs there is more to it.
@@ -45,6 +45,7 @@ class Operator:
     function: Callable[..., Any]
     native: frozenset[int]
     packs: frozenset[int]
+    lookups: frozenset[int]
     attributes: frozenset[str]
     wants_outputs: bool
     uses: tuple[str, ...]
@@ -63,6 +64,7 @@ def op(
     device: str = "cpu",
     native: tuple[str, ...] = (),
     packs: tuple[str, ...] = (),
+    lookups: tuple[str, ...] = (),
     uses: tuple[str, ...] = (),
     lower: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
@@ -76,6 +78,7 @@ def op(
             op_type, domain, since, device, function,
             native=frozenset(positional.index(n) for n in native),
             packs=frozenset(positional.index(n) for n in packs),
+            lookups=frozenset(positional.index(n) for n in lookups),
             attributes=frozenset(keywords - {"n_outputs"}),
             wants_outputs="n_outputs" in keywords,
             uses=uses,

@@ -112,7 +112,9 @@ class Session:
         self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
         if packs and self.plan.packable and getattr(self.provider, "in_place", False):
             internal("Threads")(self.threads)
-            self.provider = PackedProvider(self.provider, self.plan.packable, packer, progress)
+            self.provider = PackedProvider(
+                self.provider, self.plan.packable, packer, progress, tables=self.plan.tables
+            )
         elif packs:
             prepare(self.plan.kernels)
         self._lock = threading.Lock()
