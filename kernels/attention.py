@@ -10,12 +10,15 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .flash import CAUSAL, HALF, KEY_COUNT, OPTIONS, attention, cache_append, scratch_bytes
+from .cache import AT, cache_append
+from .decode_attention import attention_decode, partial_bytes
+from .decode_attention import scratch_bytes as decode_scratch_bytes
+from .flash import BEFORE, BYTE, CAUSAL, HALF, attention, scratch_bytes
 from .lowered import Rows, plain
 from .threads import team
 
 NONE = np.float32(-np.inf)
-USES = ("attention", "cache_append")
+USES = ("attention", "attention_decode", "cache_append")
 
 
 def _heads(x, heads):
@@ -31,22 +34,13 @@ def _heads(x, heads):
     return x if x.strides[3] == 4 else np.ascontiguousarray(x)
 
 
-def _padded_keys(k):
-    """(B, KV, S, D) -> (B, KV, D, S padded to 32)."""
+def _blocked_keys(k):
+    """(B, KV, S, D) -> (B, KV, S / 32, D, 32), S padded with zeros."""
     b, heads, s, d = k.shape
-    keys = np.zeros((b, heads, d, -(-s // 32) * 32), np.float32)
-    keys[..., :s] = k.transpose(0, 1, 3, 2)
-    return keys
-
-
-def _padded_values(v):
-    """(B, KV, S, E) -> (B, KV, S, E padded to 32), itself when nothing is to be done."""
-    b, heads, s, e = v.shape
-    if e % 32 == 0:
-        return v
-    values = np.zeros((b, heads, s, -(-e // 32) * 32), np.float32)
-    values[..., :e] = v
-    return values
+    keys = np.zeros((b, heads, -(-s // 32) * 32, d), np.float32)
+    keys[:, :, :s] = k
+    blocks = keys.reshape(b, heads, keys.shape[2] // 32, 32, d).swapaxes(3, 4)
+    return np.ascontiguousarray(blocks)
 
 
 def _additive(mask, keys):
@@ -87,52 +81,79 @@ def _mask_view(mask, shape):
     return mask, (wide.ctypes.data, *wide.strides[:3])
 
 
-def _rows(q, keys, k_strides, values, v_strides, count, value_size, mask, scale, softcap, options):
-    """The call that computes (B, T, H, E) float32. keys and values are addresses."""
+def _rows(q, kv_heads, stored, count, value_size, mask, scale, softcap, options):
+    """The call that computes (B, T, H, E) float32; `stored` are the kernel's K .. SCALES_HEAD."""
     b, h, t, d = q.shape
-    kv_heads = k_strides[3]
     out = np.empty((b, t, h, value_size), np.float32)
     if 0 in out.shape:
         return Rows((out,), [])
     mask, view = _mask_view(mask, (b, h, t, count))
-    scales = np.array([scale, softcap])
+    numbers = np.array([scale, softcap])
     scratch, each, held = team().scratch(scratch_bytes(d, value_size))
     y = out.strides
     call = (
-        attention, q.ctypes.data, *q.strides[:3], keys, *k_strides[:3], values, *v_strides,
-        out.ctypes.data, y[0], y[2], y[1], *view, b, kv_heads, h // kv_heads, t, count, d,
-        value_size, options, scales.ctypes.data, scratch, each,
+        attention, q.ctypes.data, *q.strides[:3], *stored, out.ctypes.data, y[0], y[2], y[1],
+        *view, b, kv_heads, h // kv_heads, t, count, d, value_size, options, numbers.ctypes.data,
+        scratch, each,
     )  # fmt: skip
-    return Rows((out,), [call], keep=(q, mask, scales, held))
+    return Rows((out,), [call], keep=(q, mask, numbers, held))
+
+
+def _plain(q, k, v, mask, scale, softcap, options):
+    """The calls for attention over arrays."""
+    v = v if v.strides[3] == 4 else np.ascontiguousarray(v)
+    keys = _blocked_keys(k)
+    stored = (keys.ctypes.data, *keys.strides[:2], v.ctypes.data, *v.strides[:2], 128, v.strides[2],
+              0, 0, 0)  # fmt: skip
+    rows = _rows(q, k.shape[1], stored, k.shape[2], v.shape[3], mask, scale, softcap, options)
+    rows.keep += (keys, v)
+    return rows
 
 
 def _append(k, v, past_key, past_value):
-    """The call that writes k (1, KV, T, D) and v (1, KV, T, E) behind what the cache holds."""
+    """The arguments of what writes k (1, KV, T, D) and v (1, KV, T, E) behind a cache's content."""
     at, (_, heads, tokens, size) = past_key.length, k.shape
     past_key.reserve(at + tokens)
     past_value.reserve(at + tokens)
     return (
-        cache_append, k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3],
-        past_key.address, past_value.address, heads, tokens, size, v.shape[3],
-        past_value.padded, past_key.capacity, at,
+        k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3], past_key.address,
+        past_value.address, past_key.scales_address, past_value.scales_address, heads, tokens, size,
+        v.shape[3], past_key.capacity, at, past_key.quantised,
     )  # fmt: skip
 
 
 def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
     """The calls for attention over a cache that grows in place."""
-    before = past_key.length
-    count = before + k.shape[2]
     append = _append(k, v, past_key, past_value)
-    options = HALF | (CAUSAL | before << 2 if is_causal else 0)
-    capacity, padded = past_key.capacity, past_value.padded
-    d, heads = q.shape[3], k.shape[1]
-    k_strides = (0, 2 * d * capacity, 2 * capacity, heads)
-    v_strides = (0, 2 * padded * capacity, 2 * padded)
-    rows = _rows(q, past_key.address, k_strides, past_value.address, v_strides, count, v.shape[3],
-                 mask, scale, softcap, options)  # fmt: skip
-    # One position on: append one further, see one key more, be causal one later.
-    growth = ((0, 14, 1), (1, KEY_COUNT, 1), (1, OPTIONS, 4 if is_causal else 0))
-    return Rows(rows.outputs, [append, *rows.calls], growth, keep=(k, v, *rows.keep))
+    if q.shape[2] == k.shape[2] == 1:
+        return _decode(q, append, (k, v), mask, scale, softcap)
+    before, (_, heads, tokens, size) = past_key.length, k.shape
+    options = BYTE if past_key.quantised else HALF
+    if is_causal:
+        options |= CAUSAL | before << BEFORE
+    capacity, width = past_key.capacity, past_key.array.itemsize
+    stored = (
+        past_key.address, 0, width * size * capacity, past_value.address, 0,
+        width * past_value.padded * capacity, 32 * width * capacity, 32 * width,
+        past_key.scales_address, past_value.scales_address, 4 * capacity,
+    )  # fmt: skip
+    rows = _rows(q, heads, stored, before + tokens, v.shape[3], mask, scale, softcap, options)
+    return Rows(rows.outputs, [(cache_append, *append), *rows.calls], keep=(k, v, *rows.keep))
+
+
+def _decode(q, append, new, mask, scale, softcap):
+    """The call for one token, which sees all keys; it can be run again a position further."""
+    (_, h, _, d), (_, kv_heads, _, value_size) = q.shape, new[1].shape
+    out = np.empty((1, 1, h, value_size), np.float32)
+    group, padded = h // kv_heads, -(-value_size // 32) * 32
+    mask, view = _mask_view(mask, (1, h, 1, append[AT] + 1))
+    numbers, done = np.array([scale, softcap]), np.zeros(1, np.int64)
+    scratch, each, held = team().scratch(decode_scratch_bytes(kv_heads, group, d, padded))
+    call = (
+        attention_decode, *append, q.ctypes.data, q.strides[1], out.ctypes.data, view[0], view[2],
+        group, numbers.ctypes.data, done.ctypes.data, partial_bytes(group, padded), scratch, each,
+    )  # fmt: skip
+    return Rows((out,), [call], ((0, AT, 1),), keep=(q, *new, mask, numbers, done, held))
 
 
 def lower_attention(
@@ -144,7 +165,7 @@ def lower_attention(
     slots = past_key is not None and not isinstance(past_key, np.ndarray)
     if not slots or attn_mask is not None or q.ndim != 3 or q.shape[:2] != (1, 1):
         return None
-    if n_outputs > 3 or not plain(q, k, v):
+    if n_outputs > 3 or k.shape[1] != 1 or not plain(q, k, v):
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
@@ -228,11 +249,8 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
         if past_key is not None:
             k = np.concatenate([np.asarray(past_key, np.float32), k], axis=2)
             v = np.concatenate([np.asarray(past_value, np.float32), v], axis=2)
-        options = CAUSAL | before << 2 if is_causal else 0
-        keys, values = _padded_keys(k), _padded_values(v)
-        strides = (*keys.strides[:3], keys.shape[1])
-        y = _rows(q, keys.ctypes.data, strides, values.ctypes.data, values.strides[:3], count,
-                  v.shape[3], mask, scale, softcap, options).run()  # fmt: skip
+        options = CAUSAL | before << BEFORE if is_causal else 0
+        y = _plain(q, k, v, mask, scale, softcap, options).run()
         present_key, present_value = k.astype(dtype, copy=False), v.astype(dtype, copy=False)
     scores = None
     if n_outputs > 3:

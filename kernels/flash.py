@@ -1,244 +1,216 @@
-"""Scaled dot-product attention over a key/value cache, blockwise with a running softmax.
+"""Attention of many queries, blockwise with a running softmax.
 
 Dims: B batch, H query heads, G queries that share a key/value head (H / KV), T queries, S keys,
-D size of queries and keys, E size of values. R rows make a tile: queries t and heads g of one
-key/value head, row t G + g. Keys are stored transposed (KV, D, capacity), values (KV, capacity, E),
-capacity and E padded to 32; float16 in a cache, float32 otherwise. Scores are float32.
+D size of queries and keys, E size of values, padded to 32. A row is a query of a head, t G + g of
+one key/value head; R = MANY_ROWS rows make a tile, up to UNIT_ROWS of them a unit of work.
+
+Keys come in blocks of 32, each (D, 32) contiguous: (KV, S / 32, D, 32). A cache's values come in
+panels of 32 columns, (KV, E / 32, capacity, 32); plain arrays' as (S, E) by strides. Elements are
+float32 in plain arrays; in a cache float16, or int8 with a float32 scale a position and head. Both
+are widened to float32 once for all tiles of a unit. Scores are float32.
 
 Source: Dao et al., "FlashAttention" (2022), for the running softmax; ONNX Attention-23.
 """
 
-import math
-
 import numpy as np
 
-from .jit import arg, arg_float, jit, kernel, share
-from .tile import FEW_ROWS, TILE_ROWS, tile_few, tile_many
+from .attention_softmax import NONE, add_mask, begin, finish, hide, soften, weigh
+from .attention_tile import KEYS, MANY_ROWS, score_many, sum_many
+from .jit import arg, arg_float, jit, kernel
 from .vector import (
-    add, div, exp, load_f16, load_f32, max_lanes, maximum, mul, peek_f32, poke_f16, poke_f32, splat,
-    store_f32, store_f32_n, sub, sum_lanes, zero,
+    load_f16, load_f32, load_f32_n, load_i8, mul, peek_f32, poke_f32, splat, store_f32,
 )  # fmt: skip
 
-KEYS = 128  # keys a block: scores (R, 128), and a (128, 32) piece of the values, stay in cache
-NONE = np.float32(-np.inf)
+UNIT_ROWS = 192
 
 # Arguments of the kernel, in order. Strides are in bytes.
-(Q, Q_BATCH, Q_HEAD, Q_TOKEN, K, K_BATCH, K_HEAD, K_ROW, V, V_BATCH, V_HEAD, V_ROW,
- Y, Y_BATCH, Y_HEAD, Y_TOKEN, MASK, MASK_BATCH, MASK_HEAD, MASK_ROW,
- BATCH, KV_HEADS, GROUP, QUERIES, KEY_COUNT, SIZE, VALUE_SIZE, OPTIONS, SCALES, SCRATCH, EACH,
- ) = range(31)  # fmt: skip
-HALF, CAUSAL = 1, 2  # bits of OPTIONS; bits 2.. hold the number of keys before the first query
+(Q, Q_BATCH, Q_HEAD, Q_TOKEN, K, K_BATCH, K_HEAD, V, V_BATCH, V_HEAD, V_PANEL, V_ROW,
+ K_SCALES, V_SCALES, SCALES_HEAD, Y, Y_BATCH, Y_HEAD, Y_TOKEN,
+ MASK, MASK_BATCH, MASK_HEAD, MASK_ROW, BATCH, KV_HEADS, GROUP, QUERIES, KEY_COUNT, SIZE,
+ VALUE_SIZE, OPTIONS, NUMBERS, SCRATCH, EACH,
+ ) = range(34)  # fmt: skip
+# Bits of OPTIONS: how keys and values are stored (float32 when neither), and a causal limit, with
+# the number of keys before the first query in bits BEFORE..
+HALF, BYTE, CAUSAL, BEFORE = 1, 2, 4, 3
 
 
 def scratch_bytes(size, value_size):
-    """Bytes a thread needs: packed queries, a key panel, scores, weights, values, result, sums."""
+    """Bytes a thread needs: packed queries, keys and values of a block, scores, a unit's results,
+    its sums and its maxima."""
     padded = (value_size + 31) // 32 * 32
-    rows = TILE_ROWS
-    return 4 * (size * rows + size * 32 + rows * KEYS * 2 + KEYS * 32 + rows * padded + 3 * rows)
-
-
-@jit
-def tile(rows, a, b, ldb, c, ldc, k):
-    """C (R, 32) += A (K, R) B (K, 32)."""
-    if rows == TILE_ROWS:
-        tile_many(a, b, ldb, c, ldc, k)
-    else:
-        tile_few(a, b, ldb, c, ldc, k)
-
-
-@jit
-def widen(source, stride, out, count):
-    """(count, 32) fp16 rows `stride` bytes apart -> (count, 32) float32."""
-    for i in range(count):
-        store_f32(out + 128 * i, load_f16(source + stride * i))
-        store_f32(out + 128 * i + 64, load_f16(source + stride * i + 32))
+    rows = size * UNIT_ROWS + MANY_ROWS * KEYS + UNIT_ROWS * (padded + 17)
+    return 4 * (rows + KEYS * (size + padded))
 
 
 @jit
 def pack_queries(args, batch, head, first, rows, out):
-    """Rows first .. first + R of a key/value head's queries, times the scale -> (D, R)."""
+    """Rows first .. first + rows of a key/value head's queries, times the scale -> (D, R) tiles."""
     group, size = arg(args, GROUP), arg(args, SIZE)
-    total, scale = arg(args, QUERIES) * group, np.float32(arg_float(arg(args, SCALES), 0))
+    total, scale = arg(args, QUERIES) * group, np.float32(arg_float(arg(args, NUMBERS), 0))
     for i in range(rows):
         row = first + i
+        to = out + 4 * (i // MANY_ROWS * MANY_ROWS * size + i % MANY_ROWS)
         where = arg(args, Q) + arg(args, Q_BATCH) * batch + arg(args, Q_TOKEN) * (row // group)
         where += arg(args, Q_HEAD) * (head * group + row % group)
         for d in range(size):
             value = peek_f32(where + 4 * d) * scale if row < total else np.float32(0)
-            poke_f32(out + 4 * (rows * d + i), value)
+            poke_f32(to + 4 * MANY_ROWS * d, value)
 
 
 @jit
-def score(args, batch, head, first, count, rows, queries, panel, scores):
-    """Scores (R, KEYS) of the keys first .. first + count."""
-    size, stride = arg(args, SIZE), arg(args, K_ROW)
-    width = 2 if arg(args, OPTIONS) & HALF else 4
-    base = arg(args, K) + arg(args, K_BATCH) * batch + arg(args, K_HEAD) * head
-    for j in range(0, count, 32):
-        for i in range(rows):
-            store_f32(scores + 4 * (KEYS * i + j), zero())
-            store_f32(scores + 4 * (KEYS * i + j) + 64, zero())
-        keys = base + width * (first + j)
-        if width == 2:
-            widen(keys, stride, panel, size)
-            tile(rows, queries, panel, 128, scores + 4 * j, 4 * KEYS, size)
-        else:
-            tile(rows, queries, keys, stride, scores + 4 * j, 4 * KEYS, size)
+def widen_keys(options, keys, scales, size, out):
+    """(D, 32) keys of a cache -> float32, times their scales (32,)."""
+    if options & HALF:
+        for i in range(0, 2 * size):
+            store_f32(out + 64 * i, load_f16(keys + 32 * i))
+    else:
+        low, high = load_f32(scales), load_f32(scales + 64)
+        for d in range(size):
+            store_f32(out + 128 * d, mul(load_i8(keys + 32 * d), low))
+            store_f32(out + 128 * d + 64, mul(load_i8(keys + 32 * d + 16), high))
 
 
 @jit
-def bias(args, batch, head, first, count, row, scores):
-    """Apply soft cap, mask and causal limit to one row's (KEYS,) scores, in place."""
-    group, options = arg(args, GROUP), arg(args, OPTIONS)
-    cap = np.float32(arg_float(arg(args, SCALES), 1))
-    if cap > 0:
-        for j in range(count):
-            value = np.float32(math.tanh(peek_f32(scores + 4 * j) / cap)) * cap
-            poke_f32(scores + 4 * j, value)
-    if arg(args, MASK):
-        mask = arg(args, MASK) + arg(args, MASK_BATCH) * batch + 4 * first
-        mask += arg(args, MASK_HEAD) * (head * group + row % group)
-        mask += arg(args, MASK_ROW) * (row // group)
-        for j in range(count):
-            poke_f32(scores + 4 * j, peek_f32(scores + 4 * j) + peek_f32(mask + 4 * j))
-    allowed = count
+def widen_values(args, batch, head, start, count, out):
+    """Values start .. start + count -> (E / 32, KEYS, 32) float32, zero beyond their size."""
+    options, size, row = arg(args, OPTIONS), arg(args, VALUE_SIZE), arg(args, V_ROW)
+    base = arg(args, V) + arg(args, V_BATCH) * batch + arg(args, V_HEAD) * head + row * start
+    scales = arg(args, V_SCALES) + arg(args, SCALES_HEAD) * head + 4 * start
+    for e in range(0, size, 32):
+        to = out + 4 * KEYS * e
+        for i in range(count):
+            where = base + row * i
+            if options & HALF:
+                low, high = load_f16(where), load_f16(where + 32)
+            elif options & BYTE:
+                scale = splat(peek_f32(scales + 4 * i))
+                low, high = mul(load_i8(where), scale), mul(load_i8(where + 16), scale)
+            else:
+                low, high = load_f32_n(where, size - e), load_f32_n(where + 64, size - e - 16)
+            store_f32(to + 128 * i, low)
+            store_f32(to + 128 * i + 64, high)
+        base += arg(args, V_PANEL)
+
+
+@jit
+def mask_row(args, batch, head, row, start):
+    """Where the mask of a row begins, at key `start`."""
+    group = arg(args, GROUP)
+    where = arg(args, MASK) + arg(args, MASK_BATCH) * batch + 4 * start
+    where += arg(args, MASK_HEAD) * (head * group + row % group)
+    return where + arg(args, MASK_ROW) * (row // group)
+
+
+@jit
+def seen(args, row, start, count):
+    """How many of the keys start .. start + count a row may see."""
+    options = arg(args, OPTIONS)
     if options & CAUSAL:
-        allowed = min(count, max(0, row // group + (options >> 2) + 1 - first))
-    for j in range(allowed, (count + 15) // 16 * 16):
-        poke_f32(scores + 4 * j, NONE)
+        count = min(count, row // arg(args, GROUP) + (options >> BEFORE) + 1 - start)
+    return max(0, count)
 
 
 @jit
-def weigh(scores, count, i, rows, weights, result, width, best, total):
-    """One step of the running softmax for row i: scores (KEYS,) -> weights (KEYS, R) column i.
-
-    The row's result (width,) and total are rescaled to the new maximum.
-    """
-    top = splat(NONE)
-    for j in range(0, count, 16):
-        top = maximum(top, load_f32(scores + 4 * j))
-    old = peek_f32(best + 4 * i)
-    new = max(old, max_lanes(top))
-    if new == NONE:
+def is_hidden(args, batch, head, first, rows, start, count):
+    """Whether a mask hides the keys start .. start + count from all rows of a tile."""
+    if not arg(args, MASK):
+        return False
+    for i in range(rows):
+        mask = mask_row(args, batch, head, first + i, start)
         for j in range(count):
-            poke_f32(weights + 4 * (rows * j + i), np.float32(0))
+            if peek_f32(mask + 4 * j) != NONE:
+                return False
+    return True
+
+
+@jit
+def step(args, batch, head, first, rows, start, queries, keys, values, scores, state):
+    """A block of keys from `start` on for the rows first .. first + rows of one tile.
+
+    scores (R, KEYS); `state` holds where the tile's best, sums and results are.
+    """
+    size, width = arg(args, SIZE), (arg(args, VALUE_SIZE) + 31) // 32 * 32
+    best, sums, result = state
+    count = seen(args, first + rows - 1, start, min(KEYS, arg(args, KEY_COUNT) - start))
+    if count == 0 or is_hidden(args, batch, head, first, rows, start, count):
         return
-    shift, sums = splat(new), zero()
-    for j in range(0, count, 16):
-        value = exp(sub(load_f32(scores + 4 * j), shift))
-        sums = add(sums, value)
-        store_f32(scores + 4 * j, value)
-    for j in range(count):
-        poke_f32(weights + 4 * (rows * j + i), peek_f32(scores + 4 * j))
-    factor = np.float32(math.exp(old - new))
-    poke_f32(total + 4 * i, peek_f32(total + 4 * i) * factor + sum_lanes(sums))
-    poke_f32(best + 4 * i, new)
-    if factor != np.float32(1):
-        for j in range(0, width, 16):
-            store_f32(result + 4 * j, mul(load_f32(result + 4 * j), splat(factor)))
-
-
-@jit
-def add_values(args, batch, head, first, count, rows, weights, panel, result, width):
-    """result (R, width) += weights (count, R) times the values first .. first + count."""
-    stride = arg(args, V_ROW)
-    half = arg(args, OPTIONS) & HALF
-    base = arg(args, V) + arg(args, V_BATCH) * batch + arg(args, V_HEAD) * head + stride * first
+    for j in range(0, count, 32):
+        score_many(queries, keys + 4 * size * j, scores + 4 * j, 4 * KEYS, size)
+    cap = np.float32(arg_float(arg(args, NUMBERS), 1))
+    for i in range(rows):
+        line = scores + 4 * KEYS * i
+        if cap > 0:
+            soften(line, count, cap)
+        if arg(args, MASK):
+            add_mask(line, count, mask_row(args, batch, head, first + i, start))
+        hide(line, seen(args, first + i, start, count), count)
+        weigh(line, count, best + 4 * i, sums + 64 * i, result + 4 * width * i, width)
     for e in range(0, width, 32):
-        if half:
-            widen(base + 2 * e, stride, panel, count)
-            tile(rows, weights, panel, 128, result + 4 * e, 4 * width, count)
-        else:
-            tile(rows, weights, base + 4 * e, stride, result + 4 * e, 4 * width, count)
+        sum_many(scores, values + 4 * KEYS * e, result + 4 * e, 4 * width, count)
 
 
 @jit
-def finish(args, batch, head, first, rows, result, width, total):
-    """result (R, width) / total (R,) -> the rows' places in Y; rows that saw no key are zero."""
-    group, size = arg(args, GROUP), arg(args, VALUE_SIZE)
-    for i in range(min(rows, arg(args, QUERIES) * group - first)):
+def write(args, batch, head, first, rows, sums, result, width):
+    """The results of rows first .. first + rows -> their places in Y."""
+    group = arg(args, GROUP)
+    for i in range(rows):
         row = first + i
         out = arg(args, Y) + arg(args, Y_BATCH) * batch + arg(args, Y_TOKEN) * (row // group)
         out += arg(args, Y_HEAD) * (head * group + row % group)
-        whole = peek_f32(total + 4 * i)
-        divisor = splat(whole if whole > 0 else np.float32(1))
-        for e in range(0, size, 16):
-            value = div(load_f32(result + 4 * (width * i + e)), divisor)
-            store_f32_n(out + 4 * e, value, size - e)
+        finish(sums + 64 * i, result + 4 * width * i, arg(args, VALUE_SIZE), out)
 
 
 @jit
 def attend(args, batch, head, first, rows, scratch):
-    """All keys for rows first .. first + R of one key/value head."""
+    """All keys for rows first .. first + rows of one key/value head, a block after the other."""
     size, width = arg(args, SIZE), (arg(args, VALUE_SIZE) + 31) // 32 * 32
-    queries = scratch
-    panel = queries + 4 * size * rows
-    scores = panel + 4 * 32 * size
-    weights = scores + 4 * rows * KEYS
-    values = weights + 4 * rows * KEYS
-    result = values + 4 * 32 * KEYS
-    best = result + 4 * rows * width
-    total = best + 4 * rows
-    pack_queries(args, batch, head, first, rows, queries)
-    for i in range(rows):
-        poke_f32(best + 4 * i, NONE)
-        poke_f32(total + 4 * i, np.float32(0))
-        for e in range(0, width, 16):
-            store_f32(result + 4 * (width * i + e), zero())
-    stop, options = arg(args, KEY_COUNT), arg(args, OPTIONS)
-    live = min(rows, arg(args, QUERIES) * arg(args, GROUP) - first)
-    if options & CAUSAL:
-        stop = min(stop, (first + live - 1) // arg(args, GROUP) + (options >> 2) + 1)
+    options = arg(args, OPTIONS)
+    keys = scratch + 4 * size * UNIT_ROWS
+    values = keys + 4 * KEYS * size
+    scores = values + 4 * KEYS * width
+    result = scores + 4 * MANY_ROWS * KEYS
+    sums = result + 4 * UNIT_ROWS * width
+    best = sums + 64 * UNIT_ROWS
+    padded = (rows + MANY_ROWS - 1) // MANY_ROWS * MANY_ROWS
+    pack_queries(args, batch, head, first, padded, scratch)
+    for i in range(padded):
+        begin(best + 4 * i, sums + 64 * i, result + 4 * width * i, width)
+    stored = arg(args, K) + arg(args, K_BATCH) * batch + arg(args, K_HEAD) * head
+    scales = arg(args, K_SCALES) + arg(args, SCALES_HEAD) * head
+    element = 2 if options & HALF else 1 if options & BYTE else 4
+    stop = seen(args, first + rows - 1, 0, arg(args, KEY_COUNT))
     for start in range(0, stop, KEYS):
         count = min(KEYS, stop - start)
-        score(args, batch, head, start, count, rows, queries, panel, scores)
-        for i in range(rows):
-            line = scores + 4 * KEYS * i
-            if i < live:
-                bias(args, batch, head, start, count, first + i, line)
-                to = result + 4 * width * i
-                weigh(line, count, i, rows, weights, to, width, best, total)
-            else:
-                for j in range(count):
-                    poke_f32(weights + 4 * (rows * j + i), np.float32(0))
-        add_values(args, batch, head, start, count, rows, weights, values, result, width)
-    finish(args, batch, head, first, rows, result, width, total)
+        block = stored + element * size * start
+        if element == 4:
+            keys = block
+        else:
+            for j in range(0, count, 32):
+                widen_keys(options, block + element * size * j, scales + 4 * (start + j), size,
+                           keys + 4 * size * j)  # fmt: skip
+        widen_values(args, batch, head, start, count, values)
+        for i in range(0, rows, MANY_ROWS):
+            state = best + 4 * i, sums + 64 * i, result + 4 * width * i
+            step(args, batch, head, first + i, min(MANY_ROWS, rows - i), start,
+                 scratch + 4 * size * i, keys, values, scores, state)  # fmt: skip
+    write(args, batch, head, first, rows, sums, result, width)
 
 
 @kernel
 def attention(args, thread, threads):
-    """Q (B, H, T, D), K (B, KV, D, S), V (B, KV, S, E) -> Y (B, H, T, E), all by strides.
+    """Q (B, H, T, D), K (B, KV, S, D), V (B, KV, S, E) -> Y (B, H, T, E), all by strides.
 
-    args: as listed above. Threads take tiles in turn, for a causal mask makes later ones longer.
+    args: as listed above. Threads take units in turn, back and forth, for a causal limit makes
+    later ones longer; units are smaller where there would be few of them.
     """
-    total = arg(args, QUERIES) * arg(args, GROUP)
-    rows = FEW_ROWS if total <= FEW_ROWS else TILE_ROWS
-    tiles = (total + rows - 1) // rows
+    total, heads = arg(args, QUERIES) * arg(args, GROUP), arg(args, BATCH) * arg(args, KV_HEADS)
+    fair = (total * heads + 4 * threads - 1) // (4 * threads)
+    rows = min(UNIT_ROWS, (fair + MANY_ROWS - 1) // MANY_ROWS * MANY_ROWS)
+    units = (total + rows - 1) // rows
     scratch = arg(args, SCRATCH) + arg(args, EACH) * thread
-    for unit in range(thread, arg(args, BATCH) * arg(args, KV_HEADS) * tiles, threads):
-        head = unit // tiles
-        batch, first = head // arg(args, KV_HEADS), unit % tiles * rows
-        attend(args, batch, head % arg(args, KV_HEADS), first, rows, scratch)
-
-
-@kernel
-def cache_append(args, thread, threads):
-    """K (KV, T, D) and V (KV, T, E) by strides -> a float16 cache, from position `at` on.
-
-    args: K, its head and token strides, V, its head and token strides, cached K (KV, D, capacity),
-    cached V (KV, capacity, E padded), KV, T, D, E, padded E, capacity, at.
-    """
-    k, v, keys, values = arg(args, 0), arg(args, 3), arg(args, 6), arg(args, 7)
-    tokens, size, value_size, padded = arg(args, 9), arg(args, 10), arg(args, 11), arg(args, 12)
-    capacity, at = arg(args, 13), arg(args, 14)
-    start, stop = share(arg(args, 8), 1, thread, threads)
-    for h in range(start, stop):
-        for t in range(tokens):
-            source = k + arg(args, 1) * h + arg(args, 2) * t
-            for d in range(size):
-                to = keys + 2 * ((h * size + d) * capacity + at + t)
-                poke_f16(to, peek_f32(source + 4 * d))
-            source = v + arg(args, 4) * h + arg(args, 5) * t
-            to = values + 2 * padded * (h * capacity + at + t)
-            for e in range(value_size):
-                poke_f16(to + 2 * e, peek_f32(source + 4 * e))
+    for turn in range((heads * units + threads - 1) // threads):
+        unit = turn * threads + (thread if turn % 2 == 0 else threads - 1 - thread)
+        if unit < heads * units:
+            head, first = unit // units, unit % units * rows
+            attend(args, head // arg(args, KV_HEADS), head % arg(args, KV_HEADS), first,
+                   min(rows, total - first), scratch)  # fmt: skip

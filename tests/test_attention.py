@@ -1,4 +1,4 @@
-"""Attention over arrays and over growing caches, against softmax(Q K') V in float64 NumPy."""
+"""Attention over arrays, against softmax(Q K') V in float64 NumPy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import pytest
 from kernel_oracles import normal
 
 from onnxstream_nb.errors import ShapeError
-from onnxstream_nb.kernels.attention import attention_23, attention_24, lower_attention
-from onnxstream_nb.kernels.lowered import Table
+from onnxstream_nb.kernels.attention import attention_23, attention_24
 from onnxstream_nb.kernels.threads import set_threads
-from onnxstream_nb.kvcache import GROWTH, KVSlot
 
 Array = np.ndarray[Any, Any]
 LEAST = float(np.finfo(np.float32).min)
@@ -29,10 +27,6 @@ def rng() -> np.random.Generator:
 def assert_close(got: Array, wanted: Array, bound: float = 3e-6) -> None:
     assert got.shape == wanted.shape
     assert np.abs(got - wanted).max(initial=0) <= bound * max(1, np.abs(wanted).max(initial=0))
-
-
-def halved(x: Array) -> Array:
-    return x.astype(np.float16).astype(np.float32)
 
 
 def joined(x: Array) -> Array:
@@ -211,104 +205,6 @@ def test_past_arrays(past: int, causal: int, rng: np.random.Generator) -> None:
     assert_close(y, wanted)
 
 
-class Cached:
-    """A pair of slots, and beside it what they should hold, as float16 rounds it."""
-
-    def __init__(self, heads: int, size: int, value_size: int) -> None:
-        self.keys, self.values = KVSlot("key", heads, size), KVSlot("value", heads, value_size)
-        self.k = np.zeros((1, heads, 0, size), np.float32)
-        self.v = np.zeros((1, heads, 0, value_size), np.float32)
-
-    def rewind(self, length: int) -> None:
-        self.keys.length = self.values.length = length
-        self.k, self.v = self.k[:, :, :length], self.v[:, :, :length]
-
-    def step(self, rng: Any, queries: int, group: int, mask: Array | None = None) -> None:
-        """Append `queries` tokens and compare; causal when there is no mask."""
-        heads, size, value_size = self.keys.heads, self.k.shape[3], self.v.shape[3]
-        q = normal(rng, 1, heads * group, queries, size)
-        k, v = normal(rng, 1, heads, queries, size), normal(rng, 1, heads, queries, value_size)
-        before = self.k.shape[2]
-        self.k = np.concatenate([self.k, halved(k)], 2)
-        self.v = np.concatenate([self.v, halved(v)], 2)
-        y, keys, values = attention_23(
-            joined(q), joined(k), joined(v), mask, self.keys, self.values, n_outputs=3,
-            q_num_heads=heads * group, kv_num_heads=heads, is_causal=int(mask is None),
-        )  # fmt: skip
-        assert keys.array is self.keys.array and values.array is self.values.array
-        assert self.keys.length == self.values.length == before
-        self.keys.length = self.values.length = before + queries  # from now on they count
-        assert keys.shape == self.k.shape and values.shape == self.v.shape
-        assert np.array_equal(np.asarray(keys), self.k)
-        assert np.array_equal(np.asarray(values), self.v)
-        causal = mask is None
-        wanted = oracles.attention(q, self.k, self.v, mask, causal=causal, before=before)
-        assert_close(y, joined(wanted))
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize(
-    ("heads", "group", "size"), [(1, 1, 64), (2, 3, 33), (3, 2, 80), (1, 8, 128)]
-)
-def test_slots_grow_in_place(
-    heads: int, group: int, size: int, threads: int, rng: np.random.Generator
-) -> None:
-    set_threads(threads)
-    cache = Cached(heads, size, size)
-    for tokens in (7, 1, 1, 130, 1, GROWTH - 141, 1, 1, 2, 1):
-        cache.step(rng, tokens, group)
-    assert cache.keys.length == GROWTH + 4 and cache.keys.capacity > GROWTH
-    before = cache.keys.array
-    cache.step(rng, 1, group)
-    assert cache.keys.array is before
-
-
-def test_slots_set_back_forget_what_followed(rng: np.random.Generator) -> None:
-    cache = Cached(2, 48, 40)
-    cache.step(rng, 200, 2)
-    for length in (150, 3, 0, 5):
-        cache.rewind(min(length, cache.k.shape[2]))
-        cache.step(rng, 9, 2)
-        cache.step(rng, 1, 2)
-    cache.rewind(4)
-    cache.step(rng, GROWTH + 7, 2)  # grows after it was set back
-
-
-def test_slots_with_masks(rng: np.random.Generator) -> None:
-    cache = Cached(2, 32, 32)
-    cache.step(rng, 5, 2, rng.random((5, 5)) > 0.3)
-    cache.step(rng, 2, 2, normal(rng, 1, 4, 2, 7))
-    cache.step(rng, 1, 2, rng.random((1, 1, 1, 8)) > 0.3)
-    cache.step(rng, 0, 2, np.zeros((0, 8), bool))
-    cache.step(rng, 3, 2)
-
-
-def test_slots_and_arrays_agree_about_every_output(rng: np.random.Generator) -> None:
-    q, k, v = normal(rng, 1, 4, 3, 16), normal(rng, 1, 2, 3, 16), normal(rng, 1, 2, 3, 16)
-    slots = [KVSlot("key", 2, 16), KVSlot("value", 2, 16)]
-    _, *slots = attention_23(q, k, v, None, *slots, n_outputs=3)
-    past = [np.asarray(s) for s in slots]
-    wanted = attention_23(q, k, v, None, *past, is_causal=1, qk_matmul_output_mode=3, n_outputs=4)
-    got = attention_23(q, k, v, None, *slots, is_causal=1, qk_matmul_output_mode=3, n_outputs=4)
-    for x, y in zip(got, wanted, strict=True):
-        assert_close(np.asarray(x), np.asarray(y), 1e-3)
-
-
-def test_slots_with_windows_grow_too(rng: np.random.Generator) -> None:
-    slots = [KVSlot("key", 1, 16), KVSlot("value", 1, 16)]
-    k, v = np.zeros((2, 1, 1, 0, 16), np.float32)
-    for tokens in (4, 1, 3):
-        before, q = k.shape[2], normal(rng, 1, 1, tokens, 16)
-        new = normal(rng, 1, 1, tokens, 16), normal(rng, 1, 1, tokens, 16)
-        y, *present = attention_24(
-            q, *new, None, *slots, left_window_size=3, right_window_size=1, n_outputs=3
-        )
-        k, v = (np.concatenate([old, halved(x)], 2) for old, x in zip((k, v), new, strict=True))
-        assert_close(y, oracles.attention(q, k, v, before=before, left=3, right=1))
-        assert present[0].array is slots[0].array and present[0].shape == k.shape
-        slots = present
-
-
 # -- version 24, windows, scores ---------------------------------------------------------------
 
 
@@ -366,53 +262,3 @@ def test_scores_as_fourth_output(mode: int, softcap: float, rng: np.random.Gener
     finite = np.isfinite(wanted)
     assert_close(scores[finite], wanted[finite])
     assert_close(y, oracles.attention(q, k, v, mask, causal=True, softcap=softcap))
-
-
-# -- rows of a table ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("causal", [0, 1])
-def test_lowered_rows_are_replayed_at_the_next_positions(
-    causal: int, threads: int, rng: np.random.Generator
-) -> None:
-    set_threads(threads)
-    cache = Cached(2, 33, 40)
-    cache.step(rng, 120, 3)
-    q, k, v = (
-        np.zeros((1, 1, 6 * 33), np.float32),
-        *(np.zeros((1, 1, n), np.float32) for n in (66, 80)),
-    )
-    rows = lower_attention(
-        q, k, v, None, cache.keys, cache.values, is_causal=causal, q_num_heads=6, kv_num_heads=2,
-        n_outputs=3,
-    )  # fmt: skip
-    assert cache.keys.length == 120  # what is lowered has not run
-    table, (y, *present) = Table([rows]), rows.outputs
-    assert [p.shape[2] for p in present] == [121, 121]
-    assert present[0].array is cache.keys.array and present[1].array is cache.values.array
-    for offset in range(12):  # over the end of a block of keys
-        for array in (q, k, v):
-            array[:] = normal(rng, *array.shape)
-        table.run(offset)
-        cache.keys.length = cache.values.length = 121 + offset
-        for name, new in (("k", k), ("v", v)):
-            new = new.reshape(1, 1, 2, -1).transpose(0, 2, 1, 3)
-            setattr(cache, name, np.concatenate([getattr(cache, name), halved(new)], axis=2))
-        assert np.array_equal(np.asarray(cache.keys), cache.k)
-        wanted = oracles.attention(q.reshape(1, 6, 1, 33), cache.k, cache.v)
-        assert_close(y, joined(wanted))
-
-
-def test_what_rows_cannot_do_is_not_lowered(rng: np.random.Generator) -> None:
-    slots, x = (KVSlot("key", 1, 16), KVSlot("value", 1, 16)), normal(rng, 1, 1, 16)
-    heads = {"q_num_heads": 1, "kv_num_heads": 1}
-    assert lower_attention(x, x, x, None, *slots, **heads) is not None
-    for refused in (
-        lower_attention(x, x, x, None, None, None, **heads),
-        lower_attention(x, x, x, np.zeros((1, 1), np.float32), *slots, **heads),
-        lower_attention(x.astype(np.float16), x, x, None, *slots, **heads),
-        lower_attention(np.repeat(x, 2, axis=1), x, x, None, *slots, **heads),
-        lower_attention(x, x, x, None, *slots, **heads, n_outputs=4),
-    ):
-        assert refused is None

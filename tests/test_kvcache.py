@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, load_from_string
 from onnx_models import make, refusal, run, value
 
-from onnxstream_nb.errors import UnsupportedError
+from onnxstream_nb.errors import UnsupportedError, UsageError
 from onnxstream_nb.formats import load_bytes
 from onnxstream_nb.graph import Graph, Node, Value
 from onnxstream_nb.kvcache import ArraySlot, KVCache, KVSlot, bytes_at, bytes_per_position
@@ -24,18 +24,27 @@ def put(slot: KVSlot, new: Array) -> None:
     """Append (1, KV, T, D) in the layout that the class describes, as the kernel does."""
     at, tokens = slot.length, new.shape[2]
     slot.reserve(at + tokens)
-    if slot.kind == "key":
-        slot.array[:, :, at : at + tokens] = new[0].transpose(0, 2, 1)
-    else:
-        slot.array[:, at : at + tokens, : slot.size] = new[0]
+    rows = new[0].astype(np.float32)
+    if slot.quantised:
+        scales = np.abs(rows).max(axis=2, initial=0) / np.float32(127)
+        slot.scales[:, at : at + tokens] = scales
+        rows = np.rint(rows / np.where(scales == 0, 1, scales)[:, :, None])
+    for t in range(tokens):
+        for i in range(slot.size):
+            if slot.kind == "key":
+                slot.array[:, (at + t) // 32, i, (at + t) % 32] = rows[:, t, i]
+            else:
+                slot.array[:, i // 32, at + t, i % 32] = rows[:, t, i]
     slot.length = at + tokens
 
 
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
 @pytest.mark.parametrize("kind", ["key", "value"])
 @pytest.mark.parametrize(("heads", "size"), [(1, 1), (3, 8), (2, 33), (5, 64)])
-def test_slot_against_concatenation(kind: str, heads: int, size: int) -> None:
+def test_slot_against_concatenation(kind: str, heads: int, size: int, encoding: str) -> None:
     rng = np.random.default_rng(heads * size)
-    slot, plain = KVSlot(kind, heads, size), np.zeros((1, heads, 0, size), np.float16)
+    slot = KVSlot(kind, heads, size, encoding=encoding)
+    plain = np.zeros((1, heads, 0, size), np.float16)
     assert slot.shape == np.asarray(slot).shape == plain.shape
     assert slot.nbytes == slot.capacity == slot.length == 0
     for step, tokens in enumerate((1, 254, 1, 1, 0, 700, 3, 1)):
@@ -46,22 +55,30 @@ def test_slot_against_concatenation(kind: str, heads: int, size: int) -> None:
             slot.length = 257
             plain = plain[:, :, :257]
         assert slot.shape == plain.shape
-        np.testing.assert_array_equal(np.asarray(slot), plain.astype(np.float32))
+        exact = plain.astype(np.float32)
+        if encoding == "f16":
+            np.testing.assert_array_equal(np.asarray(slot), exact)
+        else:
+            step = np.abs(exact).max(axis=3, keepdims=True, initial=0) / 127
+            assert (np.abs(np.asarray(slot) - exact) <= 0.5001 * step).all()
     assert np.asarray(slot).dtype == np.float32
     assert np.asarray(slot, np.float16).dtype == np.float16
-    assert slot.address == slot.array.ctypes.data and slot.nbytes == slot.array.nbytes
+    assert slot.address == slot.array.ctypes.data
+    assert slot.nbytes == slot.array.nbytes + slot.scales.nbytes
     assert slot.array.size >= slot.capacity * heads * size
 
 
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_slot_grows_seldom_and_never_much_too_large(kind: str) -> None:
-    slot, moves, address = KVSlot(kind, 2, 32), 0, 0
+def test_slot_grows_seldom_and_never_much_too_large(kind: str, encoding: str) -> None:
+    slot, moves, address = KVSlot(kind, 2, 32, encoding=encoding), 0, 0
     for length in range(1, 5000):
         slot.reserve(length)
         slot.length = length
         moves, address = moves + (slot.address != address), slot.address
         assert length <= slot.capacity <= 1.25 * length + 256
-        assert slot.capacity % 32 == 0 and slot.nbytes == slot.capacity * 2 * 32 * 2
+        assert slot.capacity % 32 == 0
+        assert slot.nbytes == slot.capacity * 2 * (32 * 2 if encoding == "f16" else 32 + 4)
     assert moves <= 20
     capacity = slot.capacity
     slot.length = 3
@@ -233,22 +250,30 @@ def test_bytes_per_position() -> None:
     graph, pairs = _cache_graph("Attention")
     # Values of 24 are padded to 32; a quarter more, as the slots grow by.
     assert bytes_per_position(graph, pairs) == 2 * 2 * (40 + 32) * 5 // 4
+    assert bytes_per_position(graph, pairs, "q8") == 2 * (40 + 32 + 2 * 4) * 5 // 4
     assert bytes_per_position(graph, []) == 0
 
 
 @pytest.mark.parametrize("reader", ["Attention", "Concat"])
 @pytest.mark.parametrize("positions", [1, 256, 1000, 4097])
-def test_bytes_at_are_never_exceeded(positions: int, reader: str) -> None:
+@pytest.mark.parametrize("encoding", ["f16", "q8"])
+def test_bytes_at_are_never_exceeded(encoding: str, positions: int, reader: str) -> None:
     graph, pairs = _cache_graph(reader)
-    cache, most = KVCache(graph, pairs), 0
+    cache, most = KVCache(graph, pairs, encoding), 0
     for length in range(1, positions + 1):
         for slot in cache.slots.values():
             before = slot.nbytes
             slot.reserve(length)
             slot.length = length
             most = max(most, cache.nbytes + (before if slot.nbytes != before else 0))
-    assert cache.nbytes <= most <= bytes_at(graph, pairs, positions) <= 4 * cache.nbytes
+    assert cache.nbytes <= most <= bytes_at(graph, pairs, positions, encoding)
+    assert bytes_at(graph, pairs, positions, encoding) <= 4 * cache.nbytes
     assert bytes_at(graph, [], positions) == 0
+
+
+def test_an_encoding_that_is_not_there() -> None:
+    with pytest.raises(UsageError, match="kv_cache must be one of f16, q8, not 'q4'"):
+        KVCache(*_cache_graph("Attention"), "q4")
 
 
 def test_heads_that_are_no_number() -> None:

@@ -1,0 +1,170 @@
+"""Attention of one token over a cache, at the speed of reading the cache.
+
+Dims: H query heads, KV key/value heads, G = H / KV queries share one, S keys, D size of queries and
+keys, E size of values, padded to 32. The cache is laid out as in cache.py.
+
+All key/value heads' blocks of 32 keys, head after head, are cut into one contiguous range a
+thread, which may begin and end within a head: so all threads read the same amount, however many
+heads there are and however long the context is. A thread leaves a partial result for each head of
+its range: results (G, E), `sums` (G, 16), `best` (G). The thread that is done last combines them,
+always in the same order.
+
+Source: Dao et al., "Flash-Decoding" (2023), for cutting along the keys.
+"""
+
+import numpy as np
+
+from .attention_softmax import add_mask, begin, combine, finish, hide, soften, weigh
+from .attention_tile import (
+    FEW_ROWS, KEYS, few_rows, score_byte, score_half, sum_byte, sum_half,
+)  # fmt: skip
+from .cache import (
+    AT, CAPACITY, K, K_SCALES, KV_HEADS, QUANTISED, SIZE, V, V_SCALES, VALUE_SIZE, store_position,
+)  # fmt: skip
+from .jit import arg, arg_float, jit, kernel
+from .vector import (
+    atomic_add, atomic_store, load_f32, mul, peek_f32, poke_f32, store_f32,
+)  # fmt: skip
+
+# Arguments of the kernel, in order: those of cache_append, then these. Strides are in bytes.
+Q, Q_HEAD, Y, MASK, MASK_HEAD, GROUP, NUMBERS, DONE, PARTIAL, SCRATCH, EACH = range(17, 28)
+
+
+def partial_bytes(group, padded):
+    """Bytes of one head's partial result."""
+    return 4 * group * (padded + 17) + 64
+
+
+def scratch_bytes(heads, group, size, padded):
+    """Bytes a thread needs: a partial result for each head, packed queries, scores of a block."""
+    return heads * partial_bytes(group, padded) + 4 * group * size + 4 * FEW_ROWS * KEYS
+
+
+@jit
+def pack_queries(args, head, out):
+    """A key/value head's queries (G, D), times the scale -> (D, R) for each tile's rows of G."""
+    group, size = arg(args, GROUP), arg(args, SIZE)
+    scale = np.float32(arg_float(arg(args, NUMBERS), 0))
+    first = 0
+    while first < group:
+        rows = few_rows(group - first)
+        for i in range(rows):
+            where = arg(args, Q) + arg(args, Q_HEAD) * (head * group + first + i)
+            for d in range(size):
+                to = out + 4 * (first * size + rows * d + i)
+                poke_f32(to, peek_f32(where + 4 * d) * scale)
+        first += rows
+
+
+@jit
+def times(row, scales, count):
+    """A row (count,) times scales (count,), in place, to the end of its last vector."""
+    for j in range(0, count, 16):
+        store_f32(row + 4 * j, mul(load_f32(row + 4 * j), load_f32(scales + 4 * j)))
+
+
+@jit
+def block(args, head, first, rows, start, count, queries, scores, partial):
+    """Keys start .. start + count for the queries first .. first + rows of a key/value head."""
+    group, size, capacity = arg(args, GROUP), arg(args, SIZE), arg(args, CAPACITY)
+    quantised, width = arg(args, QUANTISED), 1 if arg(args, QUANTISED) else 2
+    padded = (arg(args, VALUE_SIZE) + 31) // 32 * 32
+    sums, best = partial + 4 * group * padded, partial + 4 * group * (padded + 16)
+    keys = arg(args, K) + width * size * (capacity * head + start)
+    values = arg(args, V) + width * (capacity * padded * head + 32 * start)
+    at = 4 * (capacity * head + start)
+    cap = np.float32(arg_float(arg(args, NUMBERS), 1))
+    for j in range(0, count, 32):
+        left, right = queries + 4 * size * first, keys + width * size * j
+        if quantised:
+            score_byte(rows, left, right, scores + 4 * j, size)
+        else:
+            score_half(rows, left, right, scores + 4 * j, size)
+    for i in range(rows):
+        line, row = scores + 4 * KEYS * i, first + i
+        if quantised:
+            times(line, arg(args, K_SCALES) + at, count)
+        if cap > 0:
+            soften(line, count, cap)
+        if arg(args, MASK):
+            mask = arg(args, MASK) + arg(args, MASK_HEAD) * (head * group + row) + 4 * start
+            add_mask(line, count, mask)
+        hide(line, count, count)
+        weigh(line, count, best + 4 * row, sums + 64 * row, partial + 4 * padded * row, padded)
+        if quantised:
+            times(line, arg(args, V_SCALES) + at, count)
+    for e in range(0, padded, 32):
+        right, result = values + width * capacity * e, partial + 4 * (padded * first + e)
+        if quantised:
+            sum_byte(rows, scores, right, result, 4 * padded, count)
+        else:
+            sum_half(rows, scores, right, result, 4 * padded, count)
+
+
+@jit
+def segment(args, head, start, stop, scratch, partial):
+    """Keys start .. stop of one key/value head -> its partial result."""
+    group, size = arg(args, GROUP), arg(args, SIZE)
+    padded = (arg(args, VALUE_SIZE) + 31) // 32 * 32
+    sums, best = partial + 4 * group * padded, partial + 4 * group * (padded + 16)
+    pack_queries(args, head, scratch)
+    for i in range(group):
+        begin(best + 4 * i, sums + 64 * i, partial + 4 * padded * i, padded)
+    scores = scratch + 4 * group * size
+    for at in range(start, stop, KEYS):
+        count, first = min(KEYS, stop - at), 0
+        while first < group:
+            rows = few_rows(group - first)
+            block(args, head, first, rows, at, count, scratch, scores, partial)
+            first += rows
+
+
+@jit
+def merge(args, blocks, threads):
+    """The partial results of all threads -> Y (H, E)."""
+    group, size = arg(args, GROUP), arg(args, VALUE_SIZE)
+    padded, total = (size + 31) // 32 * 32, arg(args, KV_HEADS) * blocks
+    sums, best = 4 * group * padded, 4 * group * (padded + 16)
+    whole = arg(args, SCRATCH)
+    for thread in range(threads):
+        start, stop = total * thread // threads, total * (thread + 1) // threads
+        part = arg(args, SCRATCH) + arg(args, EACH) * thread
+        for head in range(start // blocks, (stop + blocks - 1) // blocks if start < stop else 0):
+            if start <= head * blocks:
+                whole = part
+            else:
+                for i in range(group):
+                    combine(whole + best + 4 * i, whole + sums + 64 * i, whole + 4 * padded * i,
+                            part + best + 4 * i, part + sums + 64 * i, part + 4 * padded * i,
+                            padded)  # fmt: skip
+            if stop >= (head + 1) * blocks:
+                for i in range(group):
+                    out = arg(args, Y) + 4 * size * (head * group + i)
+                    finish(whole + sums + 64 * i, whole + 4 * padded * i, size, out)
+            part += arg(args, PARTIAL)
+
+
+@kernel
+def attention_decode(args, thread, threads):
+    """Q (H, D) over K (KV, S, D), V (KV, S, E) -> Y (H, E); the last key and value are new.
+
+    args: as listed above; what they have new goes into the cache first, as position S - 1.
+    """
+    count, heads = arg(args, AT) + 1, arg(args, KV_HEADS)
+    blocks = (count + 31) // 32
+    total = heads * blocks
+    start, stop = total * thread // threads, total * (thread + 1) // threads
+    partial = arg(args, SCRATCH) + arg(args, EACH) * thread
+    scratch = partial + arg(args, PARTIAL) * heads
+    while start < stop:
+        head = start // blocks
+        end = min(stop, (head + 1) * blocks)
+        if end == (head + 1) * blocks:
+            store_position(args, head, 0, count - 1)
+        first = 32 * (start - head * blocks)
+        segment(args, head, first, min(count, 32 * (end - head * blocks)), scratch, partial)
+        partial += arg(args, PARTIAL)
+        start = end
+    if atomic_add(arg(args, DONE), 1) == threads - 1:
+        atomic_store(arg(args, DONE), 0)
+        merge(args, blocks, threads)
