@@ -171,7 +171,8 @@ class Session:
 
         The first run for one token over a cache is recorded, and so is one after the cache moved.
         """
-        if trace.current() is not None or not getattr(self.provider, "in_place", False):
+        in_place = getattr(self.provider, "in_place", False)
+        if trace.current() is not None or not in_place or not _is_token(feeds):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -179,7 +180,7 @@ class Session:
                 return known.values
             self._replay = None
             self._recordings_left -= 1
-        if self._recordings_left == 0 or not _is_token(feeds):
+        if self._recordings_left == 0:
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}

@@ -181,6 +181,15 @@ def test_exports_with_a_mask_are_replayed(name: str) -> None:
     assert is_replaying(fast)
 
 
+def test_every_turn_of_a_long_chat_is_replayed(path: Path) -> None:
+    model = replaying(path)
+    for _ in range(5):  # a prompt is no token: it must not count as a failed replay
+        model.feed(IDS)
+        for i in range(3):
+            model.feed([i])
+        assert is_replaying(model)
+
+
 def test_a_graph_whose_tables_never_fit_again_is_given_up(path: Path) -> None:
     model = replaying(path)
     model.feed([1])
