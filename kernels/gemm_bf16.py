@@ -1,23 +1,27 @@
-"""Matrix times matrix in bfloat16: Y = X W with both rounded to 8 bits, sums in float32.
+"""Matrix times matrix in bfloat16: Y = X W, sums in float32.
 
 Dims: M rows of X, N columns of W, K common. X (M, K) and Y (M, N) are float32. Row order: W is
 stored (N, K); column order: W is stored (K, N).
 
 As gemm.py, with the tiles of tile_bf16.py: X is packed once into (M panels, K / 32, 16, 32), each
 thread turns 32 columns of W at a time into pairs along K, (k / 2, 32, 2), and multiplies all panels
-of X with them. Rounding to bfloat16 is an error of at most 2 ** -9 of each factor.
+of X with them.
+
+`gemm_bf16` rounds both factors to 8 bits: an error of at most 2 ** -8 of each. `gemm_split` writes
+each as a sum of two bfloat16, W = A + B and X = C + D, and adds up A C + A D + B C: what is left
+out is below 2 ** -16 of the product.
 """
 
 from ..registry import register_kernel
 from . import gemm as exact
-from . import panel_products as panels
+from . import panel_products
 from .encoding import element, unpack
 from .gemm import BLOCK
-from .jit import Kernel, arg, jit, kernel, share
+from .jit import Kernel, arg, inline, jit, kernel, share
 from .quant import BFLOAT16, FLOAT16, FLOAT32
 from .tile_bf16 import (
-    AMX, BLOCK_BYTES, COLUMNS, PANEL, SUPPORTED, store_bf16, store_bf16_pairs, tile8, tiles_begin,
-    tiles_end, tiles_one, tiles_two,
+    AMX, BLOCK_BYTES, COLUMNS, PANEL, SUPPORTED, rest_bf16, store_bf16, store_bf16_pairs, tile8,
+    tiles_begin, tiles_end, tiles_one, tiles_two,
 )  # fmt: skip
 from .vector import (
     load_f32, load_f32_n, poke_f32, store_f32, store_f32_n, transpose16, zero,
@@ -38,12 +42,15 @@ def scratch_bytes(m):
     return EDGE_BYTES + STAGE_BYTES + PAIR_BYTES + 4 * COLUMNS * PANEL * -(-m // PANEL)
 
 
-@kernel
-def gemm_bf16_pack(args, thread, threads):
-    """X (M, K), rows `stride` bytes apart -> packed (M panels, K / 32, 16, 32), zeros beyond.
+@inline
+def part_of(x, part):
+    """The part of (16,) that is stored as bfloat16 next: all, or what the first rounding left."""
+    return rest_bf16(x) if part else x
 
-    args: X, stride, packed, M, K.
-    """
+
+@jit
+def pack(parts, args, thread, threads):
+    """args: X, bytes a row, packed, M, K. The second part lies behind the first."""
     x, stride, packed, m, k = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4)
     blocks = (k + 31) >> 5
     start, stop = share((m + PANEL - 1) // PANEL * PANEL, PANEL, thread, threads)
@@ -57,7 +64,21 @@ def gemm_bf16_pack(args, thread, threads):
             elif i < m:
                 low = load_f32_n(row + 128 * g, k - 32 * g)
                 high = load_f32_n(row + 128 * g + 64, k - 32 * g - 16)
-            store_bf16(out + BLOCK_BYTES * g, low, high)
+            for part in range(parts):
+                where = out + BLOCK_BYTES * (g + part * blocks * ((m + PANEL - 1) // PANEL))
+                store_bf16(where, part_of(low, part), part_of(high, part))
+
+
+@kernel
+def gemm_bf16_pack(args, thread, threads):
+    """X (M, K) -> (M panels, K / 32, 16, 32) bfloat16, zeros beyond X."""
+    pack(1, args, thread, threads)
+
+
+@kernel
+def gemm_split_pack(args, thread, threads):
+    """X (M, K) -> two parts (2, M panels, K / 32, 16, 32) bfloat16, zeros beyond X."""
+    pack(2, args, thread, threads)
 
 
 @jit
@@ -71,7 +92,7 @@ def group(token, row, g, k, edge):
 
 
 @jit
-def pairs_from_rows(token, weights, stride, n, n0, k0, k1, k, edge, pairs):
+def pairs_from_rows(token, part, weights, stride, n, n0, k0, k1, k, edge, pairs):
     """Columns n0 .. n0 + 32 of W stored (N, K), elements k0 .. k1 -> pairs
     ((k1 - k0) / 2, 32, 2).
     """
@@ -83,13 +104,14 @@ def pairs_from_rows(token, weights, stride, n, n0, k0, k1, k, edge, pairs):
                 low, high = zero(), zero()
                 if column < n:
                     low, high = group(token, weights + stride * column, g, k, edge)
-                store_bf16(out + 64 * (g - (k0 >> 5)), low, high)
+                where = out + 64 * (g - (k0 >> 5))
+                store_bf16(where, part_of(low, part), part_of(high, part))
         for g in range((k1 - k0) >> 5):  # 16 words of 16 columns, each a pair
             transpose16(stage + 64 * g, 2 * BLOCK, pairs + 2048 * g + 64 * half, 128)
 
 
 @jit
-def pairs_from_columns(token, weights, stride, n, n0, k0, k1, k, edge, pairs):
+def pairs_from_columns(token, part, weights, stride, n, n0, k0, k1, k, edge, pairs):
     """Columns n0 .. n0 + 32 of W stored (K, N), rows k0 .. k1 -> pairs, as above."""
     for i in range(k0, k1, 2):
         a, b, c, d = zero(), zero(), zero(), zero()
@@ -97,8 +119,9 @@ def pairs_from_columns(token, weights, stride, n, n0, k0, k1, k, edge, pairs):
             a, b = group(token, weights + stride * i, n0 >> 5, n, edge)
         if i + 1 < k:
             c, d = group(token, weights + stride * (i + 1), n0 >> 5, n, edge)
-        store_bf16_pairs(pairs + 64 * (i - k0), a, c)
-        store_bf16_pairs(pairs + 64 * (i - k0) + 64, b, d)
+        out = pairs + 64 * (i - k0)
+        store_bf16_pairs(out, part_of(a, part), part_of(c, part))
+        store_bf16_pairs(out + 64, part_of(b, part), part_of(d, part))
 
 
 @jit
@@ -117,7 +140,7 @@ def multiply(x, apart, pairs, out, m, k):
 
 
 @jit
-def gemm(token, by_rows, args, thread, threads):
+def gemm(token, by_rows, parts, args, thread, threads):
     """args: W, bytes a row, packed X, Y, bytes a row of Y, M, N, K, scratch, its bytes a thread."""
     weights, stride, packed, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     y_stride, m, n, k = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
@@ -125,21 +148,23 @@ def gemm(token, by_rows, args, thread, threads):
     pairs = edge + EDGE_BYTES + STAGE_BYTES
     out = pairs + PAIR_BYTES
     padded = (k + 31) // 32 * 32
-    apart = BLOCK_BYTES * (padded >> 5)
+    apart, panels = BLOCK_BYTES * (padded >> 5), (m + PANEL - 1) // PANEL
     start, stop = share(n, COLUMNS, thread, threads)
     if start == stop:
         return
     tiles_begin()
     for n0 in range(start, stop, COLUMNS):
-        for i in range(0, 128 * ((m + PANEL - 1) // PANEL * PANEL), 64):
+        for i in range(0, 128 * PANEL * panels, 64):
             store_f32(out + i, zero())
         for k0 in range(0, padded, BLOCK):
-            k1 = min(padded, k0 + BLOCK)
-            if by_rows:
-                pairs_from_rows(token, weights, stride, n, n0, k0, k1, k, edge, pairs)
-            else:
-                pairs_from_columns(token, weights, stride, n, n0, k0, k1, k, edge, pairs)
-            multiply(packed + BLOCK_BYTES * (k0 >> 5), apart, pairs, out, m, k1 - k0)
+            k1, x = min(padded, k0 + BLOCK), packed + BLOCK_BYTES * (k0 >> 5)
+            for part in range(parts):
+                if by_rows:
+                    pairs_from_rows(token, part, weights, stride, n, n0, k0, k1, k, edge, pairs)
+                else:
+                    pairs_from_columns(token, part, weights, stride, n, n0, k0, k1, k, edge, pairs)
+                for other in range(parts - part):
+                    multiply(x + other * apart * panels, apart, pairs, out, m, k1 - k0)
         for i in range(m):
             source, row = out + 128 * i, y + y_stride * i + 4 * n0
             store_f32_n(row, load_f32(source), n - n0)
@@ -150,47 +175,84 @@ def gemm(token, by_rows, args, thread, threads):
 @kernel
 def gemm_bf16_rows_float32(args, thread, threads):
     """float32 W (N, K), packed X (M, K) -> Y (M, N)."""
-    gemm(FLOAT32, True, args, thread, threads)
+    gemm(FLOAT32, True, 1, args, thread, threads)
 
 
 @kernel
 def gemm_bf16_rows_float16(args, thread, threads):
     """float16 W (N, K), packed X (M, K) -> Y (M, N)."""
-    gemm(FLOAT16, True, args, thread, threads)
+    gemm(FLOAT16, True, 1, args, thread, threads)
 
 
 @kernel
 def gemm_bf16_rows_bfloat16(args, thread, threads):
     """bfloat16 W (N, K), packed X (M, K) -> Y (M, N)."""
-    gemm(BFLOAT16, True, args, thread, threads)
+    gemm(BFLOAT16, True, 1, args, thread, threads)
 
 
 @kernel
 def gemm_bf16_columns_float32(args, thread, threads):
     """float32 W (K, N), packed X (M, K) -> Y (M, N)."""
-    gemm(FLOAT32, False, args, thread, threads)
+    gemm(FLOAT32, False, 1, args, thread, threads)
 
 
 @kernel
 def gemm_bf16_columns_float16(args, thread, threads):
     """float16 W (K, N), packed X (M, K) -> Y (M, N)."""
-    gemm(FLOAT16, False, args, thread, threads)
+    gemm(FLOAT16, False, 1, args, thread, threads)
 
 
 @kernel
 def gemm_bf16_columns_bfloat16(args, thread, threads):
     """bfloat16 W (K, N), packed X (M, K) -> Y (M, N)."""
-    gemm(BFLOAT16, False, args, thread, threads)
+    gemm(BFLOAT16, False, 1, args, thread, threads)
 
 
-# What runs when precision is "fast": bfloat16 where the host multiplies it faster.
-FAST = {kernel.name: kernel for kernel in (
-    gemm_bf16_pack, gemm_bf16_rows_float32, gemm_bf16_rows_float16, gemm_bf16_rows_bfloat16,
-    gemm_bf16_columns_float32, gemm_bf16_columns_float16, gemm_bf16_columns_bfloat16,
-)} if SUPPORTED else {}  # fmt: skip
-for _kernel in (*vars(exact).values(), *vars(panels).values()):
-    if isinstance(_kernel, Kernel) and _kernel.name.startswith("gemm_"):
-        register_kernel(
-            _kernel.name.replace("gemm", "gemm_fast", 1),
-            FAST.get(_kernel.name.replace("gemm", "gemm_bf16", 1), _kernel),
-        )
+@kernel
+def gemm_split_rows_float32(args, thread, threads):
+    """float32 W (N, K), packed X (M, K) -> Y (M, N)."""
+    gemm(FLOAT32, True, 2, args, thread, threads)
+
+
+@kernel
+def gemm_split_rows_float16(args, thread, threads):
+    """float16 W (N, K), packed X (M, K) -> Y (M, N)."""
+    gemm(FLOAT16, True, 2, args, thread, threads)
+
+
+@kernel
+def gemm_split_rows_bfloat16(args, thread, threads):
+    """bfloat16 W (N, K), packed X (M, K) -> Y (M, N)."""
+    gemm(BFLOAT16, True, 2, args, thread, threads)
+
+
+@kernel
+def gemm_split_columns_float32(args, thread, threads):
+    """float32 W (K, N), packed X (M, K) -> Y (M, N)."""
+    gemm(FLOAT32, False, 2, args, thread, threads)
+
+
+@kernel
+def gemm_split_columns_float16(args, thread, threads):
+    """float16 W (K, N), packed X (M, K) -> Y (M, N)."""
+    gemm(FLOAT16, False, 2, args, thread, threads)
+
+
+@kernel
+def gemm_split_columns_bfloat16(args, thread, threads):
+    """bfloat16 W (K, N), packed X (M, K) -> Y (M, N)."""
+    gemm(BFLOAT16, False, 2, args, thread, threads)
+
+
+def _choose(precision, kind, wanted):
+    """Register what runs at a precision: `kind` where it is wanted and there is one."""
+    for module in (exact, panel_products):
+        for found in [f for f in vars(module).values() if isinstance(f, Kernel)]:
+            product, _, rest = found.name.partition("_")
+            if product == "gemm":
+                better = globals().get(f"gemm_{kind}_{rest}", found)
+                register_kernel(f"gemm_{precision}_{rest}", better if wanted else found)
+
+
+_choose("fast", "bf16", SUPPORTED)
+_choose("exact", "split", AMX)

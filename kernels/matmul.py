@@ -14,12 +14,12 @@ from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import Rows, plain
 from .panel_products import block_rows, quantize_rows
 from .quads import RECORD
-from .threads import is_fast, team
+from .threads import precision, team
 
 USES = (
     "gemv_{order}_{encoding}",
-    "gemm{precision}_{order}_{encoding}",
-    "gemm{precision}_pack",
+    "gemm_{precision}_{order}_{encoding}",
+    "gemm_{precision}_pack",
     "gemv_columns_sum",
 )
 
@@ -58,8 +58,8 @@ def calls(x, weight, out):
             return [(kernel, *where, sums, each, n, k), total], (held,)
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
         return [(kernel, *where, out.ctypes.data, n, k, scratch, each)], (held,)
-    kernel = _kernel("gemm_fast" if is_fast() else "gemm", weight)
-    pack, nbytes, working, most = _layout(kernel, weight, m, k)
+    kernel = _kernel(f"gemm_{precision()}", weight)
+    pack, nbytes, working, most = _layout(weight, m, k)
     left, kept = team().workspace(nbytes)
     scratch, each, held = team().scratch(working)
     source = (pack, x.ctypes.data, 4 * k, left, m, k, *most)
@@ -67,20 +67,17 @@ def calls(x, weight, out):
     return [source, (kernel, *where, m, n, k, *most, scratch, each)], (kept, held)
 
 
-def _layout(kernel, weight, m, k):
+def _layout(weight, m, k):
     """What packs X, bytes of it packed, bytes a thread works in, rows of X a block of panels."""
     if weight.order == "panels":
         most = block_rows(m, k)
         return quantize_rows, RECORD * m * (k // 32), 64 * most, (most,)
-    if kernel.name.startswith("gemm_bf16"):
-        return (
-            gemm_bf16.gemm_bf16_pack,
-            gemm_bf16.packed_bytes(m, k),
-            gemm_bf16.scratch_bytes(m),
-            (),
-        )
-    rows = -(-m // TILE_ROWS) * TILE_ROWS
-    return gemm_pack, 4 * rows * -(-k // BLOCK) * BLOCK, scratch_bytes(m), ()
+    pack = kernels()[f"gemm_{precision()}_pack"]
+    if pack is gemm_pack:
+        rows = -(-m // TILE_ROWS) * TILE_ROWS
+        return pack, 4 * rows * -(-k // BLOCK) * BLOCK, scratch_bytes(m), ()
+    parts = 2 if pack is gemm_bf16.gemm_split_pack else 1
+    return pack, parts * gemm_bf16.packed_bytes(m, k), gemm_bf16.scratch_bytes(m), ()
 
 
 def product(x, weight):

@@ -242,14 +242,22 @@ def set_threads(size):
     _local.size = int(size)
 
 
-def set_precision(precision):
+def set_precision(name):
     """Choose "fast" or "exact" products for kernels called from this Python thread."""
-    _local.precision = precision
+    _local.precision = name
 
 
-def is_fast():
-    """Whether products may round their factors to bfloat16."""
-    return getattr(_local, "precision", "exact") == "fast"
+def precision():
+    """The precision of products in this Python thread; "exact" unless told."""
+    return getattr(_local, "precision", "exact")
 
 
-__all__ = ["fill_table", "float_bits", "is_fast", "set_precision", "set_threads", "team", "team_of"]
+__all__ = [
+    "fill_table",
+    "float_bits",
+    "precision",
+    "set_precision",
+    "set_threads",
+    "team",
+    "team_of",
+]

@@ -15,9 +15,8 @@ from numba import types
 from numba.core import cgutils
 
 from .simd import (
-    I8, I32, I64, LANES, VF32, VI32, VOID, address, broadcast, call,
-    f32x16, host_has, load, pointer, primitive, read_memory, store, vector_of, widen_bfloat,
-    write_memory,
+    I8, I32, I64, LANES, VF32, VI32, VOID, address, broadcast, call, constant, f32x16, host_has,
+    load, pointer, primitive, read_memory, store, vector_of, widen_bfloat, write_memory,
 )  # fmt: skip
 
 PANEL = 16  # rows of A
@@ -65,6 +64,21 @@ def round_bfloat(values):
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), (bits >> 16 | 0x40).astype(np.uint16), rounded)
+
+
+def _twin_rest(x):
+    rounded = widen_bfloat(round_bfloat(x))
+    with np.errstate(invalid="ignore"):
+        return np.where(np.isfinite(rounded), x - rounded, np.float32(0))
+
+
+@primitive(f32x16, f32x16, twin=_twin_rest)
+def rest_bf16(b, x):
+    """What rounding to bfloat16 takes from each element; 0 beside what is not finite."""
+    rounded = b.fpext(b.fptrunc(x, BFLOATS), VF32)
+    size = call(b, "llvm.fabs.v16f32", VF32, [rounded])
+    finite = b.fcmp_ordered("<", size, constant(float("inf")))
+    return b.select(finite, b.fsub(x, rounded), constant(0.0))
 
 
 @primitive(types.void, address, f32x16, f32x16,
