@@ -7,11 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from onnxstream_nb.llm import LanguageModel
+
 Array = np.ndarray[Any, Any]
 
 FLOAT16_CACHE = 2e-3
 """Of the largest logit. The oracle is float64 throughout; the engine keeps keys and values in
 float16 (11 bits: 5e-4 of each number), which pass through a softmax and up to three layers."""
+
+
+def exact_model(*arguments: Any, **options: Any) -> LanguageModel:
+    """A model whose prompts are not rounded to bfloat16, to be held against an oracle."""
+    return LanguageModel(*arguments, precision="exact", **options)
 
 
 def near(got: Array, wanted: Array, tolerance: float = FLOAT16_CACHE) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llm_checks import exact_model
 
 from onnxstream_nb import passes
 from onnxstream_nb.kvcache import KVSlot
-from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.session import Session, decode_constant, load_graph
 
 FOLDER = Path(__file__).parent / "fixtures" / "models"
@@ -176,7 +176,7 @@ def ids_of(name: str, count: int) -> list[int]:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("load", ["stream", "mmap", "ram"])
 def test_onnxstream_folder_token_by_token(load: str, threads: int) -> None:
-    model = LanguageModel(FOLDER / STREAMED, load=load, threads=threads)
+    model = exact_model(FOLDER / STREAMED, load=load, threads=threads)
     rows = [model.feed([token]) for token in IDS]
     near(np.stack(rows), reference(), FLOAT16_CACHE)
     assert model.tokens == list(IDS)
@@ -192,7 +192,7 @@ def test_onnxstream_folder_token_by_token(load: str, threads: int) -> None:
 def test_chunks_give_what_the_whole_gives(name: str, chunks: tuple[int, ...]) -> None:
     ids = ids_of(name, 19)
     wanted = whole(fused(name), ids)
-    model = LanguageModel(fused(name))
+    model = exact_model(fused(name))
     start = 0
     for size in chunks:
         logits = model.feed(ids[start : start + size])
@@ -206,7 +206,7 @@ def test_chunks_give_what_the_whole_gives(name: str, chunks: tuple[int, ...]) ->
 @pytest.mark.parametrize("name", [*EXPORTS, STREAMED])
 def test_rewinding_and_feeding_again(name: str) -> None:
     ids = ids_of(name, 23)
-    model = LanguageModel(fused(name), load="ram")
+    model = exact_model(fused(name), load="ram")
     first = [model.feed([token]) for token in ids]
     for length in (22, 9, 1, 0):
         model.rewind(length)
@@ -223,7 +223,7 @@ def test_rewinding_and_feeding_again(name: str) -> None:
 @pytest.mark.parametrize("name", [*EXPORTS, STREAMED])
 def test_no_token_copies_the_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention appends in place, and what only asks for the past's length gets no copy of it."""
-    model = LanguageModel(fused(name))
+    model = exact_model(fused(name))
     model.feed(ids_of(name, 19))
     assert all(isinstance(slot, KVSlot) for slot in model._cache.slots.values())
     copied = []
@@ -248,7 +248,7 @@ def test_the_window_of_mistral_is_a_window() -> None:
     reach = 2 * (8 - 1)
     np.testing.assert_allclose(rows[10 + reach :], others[10 + reach :], rtol=0, atol=1e-6)
     assert np.abs(rows[10:17] - others[10:17]).max() > 1e-3
-    model = LanguageModel(fused(name))
+    model = exact_model(fused(name))
     for i, token in enumerate(ids):
         near(model.feed([token]), rows[i], FLOAT16_CACHE)
     model.close()

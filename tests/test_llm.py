@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from llama_fixtures import ENCODINGS, K_QUANT, write_gguf, write_hf
 from llama_oracle import Tiny, logits
-from llm_checks import FLOAT16_CACHE, Countdown, near
+from llm_checks import FLOAT16_CACHE, Countdown, exact_model, near
 from onnx_models import refusal
 
 from onnxstream_nb.errors import Interrupted, OnnxstreamError, UsageError
@@ -33,7 +33,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Array]:
 
 @pytest.fixture
 def model(odd: tuple[Path, Array]) -> Iterator[LanguageModel]:
-    made = LanguageModel(odd[0])
+    made = exact_model(odd[0])
     yield made
     made.close()
 
@@ -47,7 +47,7 @@ def test_gguf_of_each_encoding(encoding: str, tmp_path: Path) -> None:
     held = write_gguf(tmp_path / "m.gguf", tiny, encoding)
     wanted = logits(tiny, held, IDS)
     for load, threads in (("mmap", 1), ("stream", 2)):
-        model = LanguageModel(tmp_path / "m.gguf", load=load, threads=threads)
+        model = exact_model(tmp_path / "m.gguf", load=load, threads=threads)
         assert model.vocab_size == tiny.vocab
         near(model.feed(IDS[:13]), wanted[12])
         for i in range(13, len(IDS)):
@@ -67,7 +67,7 @@ def test_architectures(tiny: Tiny, tmp_path: Path) -> None:
     wanted = logits(tiny, write_gguf(tmp_path / "m.gguf", tiny), IDS)
     folder_wanted = logits(tiny, write_hf(tmp_path / "hf", tiny, "BF16", shards=2), IDS)
     for path, rows in ((tmp_path / "m.gguf", wanted), (tmp_path / "hf", folder_wanted)):
-        model = LanguageModel(path)
+        model = exact_model(path)
         near(np.stack([model.feed([token]) for token in IDS]), rows)
         model.rewind(0)
         near(model.feed(IDS), rows[-1])
@@ -78,7 +78,7 @@ def test_architectures(tiny: Tiny, tmp_path: Path) -> None:
 def test_hugging_face_folder(dtype: str, tmp_path: Path) -> None:
     wanted = logits(ODD, write_hf(tmp_path / "m", ODD, dtype), IDS)
     for load in ("stream", "mmap", "ram"):
-        model = LanguageModel(tmp_path / "m", load=load)
+        model = exact_model(tmp_path / "m", load=load)
         near(model.feed(IDS[:7]), wanted[6])
         near(model.feed(IDS[7:]), wanted[-1])
         model.close()
@@ -92,7 +92,7 @@ def test_decoding_many_tokens(load: str, threads: int, tmp_path: Path) -> None:
     held = write_gguf(tmp_path / "m.gguf", tiny)
     ids = [int(i) for i in np.random.default_rng(4).integers(0, 67, 300)]
     wanted = logits(tiny, held, ids)
-    model = LanguageModel(tmp_path / "m.gguf", load=load, threads=threads)
+    model = exact_model(tmp_path / "m.gguf", load=load, threads=threads)
     model.feed(ids[:230])
     for i in range(230, 300):
         near(model.feed(ids[i : i + 1]), wanted[i])
@@ -116,10 +116,10 @@ def test_two_models_interleaved(odd: tuple[Path, Array], tmp_path: Path) -> None
     wide = Tiny(vocab=71, hidden=512, intermediate=640, heads=2, kv_heads=1, head_dim=256, layers=1)
     held = write_gguf(tmp_path / "wide.gguf", wide)
     wanted, others = odd[1], logits(wide, held, IDS)
-    first = LanguageModel(odd[0], threads=2)
+    first = exact_model(odd[0], threads=2)
     for i in range(6):
         near(first.feed(IDS[i : i + 1]), wanted[i])
-    second = LanguageModel(tmp_path / "wide.gguf", threads=2)
+    second = exact_model(tmp_path / "wide.gguf", threads=2)
     near(second.feed(IDS[:6]), others[5])
     for i in range(6, len(IDS)):
         near(first.feed(IDS[i : i + 1]), wanted[i])
@@ -132,7 +132,7 @@ def test_two_models_in_two_threads(odd: tuple[Path, Array]) -> None:
     results: list[list[Array]] = [[], []]
 
     def work(rows: list[Array]) -> None:
-        model = LanguageModel(odd[0], threads=2)
+        model = exact_model(odd[0], threads=2)
         for _ in range(3):
             rows += [model.feed([token]) for token in IDS]
             model.rewind(0)
@@ -162,7 +162,7 @@ def test_a_prompt_in_chunks(chunk: int, odd: tuple[Path, Array], model: Language
 
 def logits_after(odd: tuple[Path, Array], model: LanguageModel) -> Array:
     """A fresh model's logits after the same tokens."""
-    fresh = LanguageModel(odd[0])
+    fresh = exact_model(odd[0])
     try:
         result: Array = fresh.feed(model.tokens)
     finally:
@@ -186,7 +186,7 @@ def test_rewinding(odd: tuple[Path, Array], model: LanguageModel) -> None:
 
 def test_context(odd: tuple[Path, Array]) -> None:
     path, rows = odd
-    model = LanguageModel(path, context=20)
+    model = exact_model(path, context=20)
     assert model.context == 20
     message = refusal(lambda: model.feed([*IDS, 1]), UsageError)
     assert "21" in message and "20" in message and "--context" in message
@@ -201,10 +201,10 @@ def test_context(odd: tuple[Path, Array]) -> None:
 
 def test_contexts_that_are_none(odd: tuple[Path, Array]) -> None:
     for context in (0, -3, ODD.context + 1):
-        message = refusal(lambda n=context: LanguageModel(odd[0], context=n), UsageError)
+        message = refusal(lambda n=context: exact_model(odd[0], context=n), UsageError)
         assert "--context" in message and str(context) in message
     assert str(ODD.context) in message
-    model = LanguageModel(odd[0])
+    model = exact_model(odd[0])
     assert model.context == ODD.context
     model.close()
 
@@ -237,7 +237,7 @@ def test_ids_outside_the_vocabulary(
 @pytest.mark.parametrize("load", ["stream", "mmap"])
 @pytest.mark.parametrize("after", [0, 1, 20, 47, 60, 100, 133])
 def test_stopping_in_a_prompt(after: int, load: str, odd: tuple[Path, Array]) -> None:
-    model = LanguageModel(odd[0], load=load)
+    model = exact_model(odd[0], load=load)
     model.chunk = 6
     with pytest.raises(Interrupted):
         model.feed(IDS, Countdown(after))
@@ -245,7 +245,7 @@ def test_stopping_in_a_prompt(after: int, load: str, odd: tuple[Path, Array]) ->
     assert kept % 6 == 0 and model.tokens == IDS[:kept]
     assert {slot.length for slot in model._cache.slots.values()} == {kept}
     resumed = model.feed(IDS[kept:])
-    fresh = LanguageModel(odd[0], load=load)
+    fresh = exact_model(odd[0], load=load)
     fresh.chunk = 6
     np.testing.assert_array_equal(resumed, fresh.feed(IDS))
     np.testing.assert_array_equal(model.feed([8]), fresh.feed([8]))
@@ -283,7 +283,7 @@ def test_bytes_per_token(tmp_path: Path) -> None:
     for tied in (False, True):
         one = Tiny(vocab=67, tied=tied)
         write_gguf(tmp_path / f"{tied}.gguf", one, "Q8_0")
-        model = LanguageModel(tmp_path / f"{tied}.gguf")
+        model = exact_model(tmp_path / f"{tied}.gguf")
         matrices = 2 * per_layer + 67 * 32
         assert model.bytes_per_token == matrices // 32 * 34
         model.close()
@@ -302,16 +302,16 @@ def test_cache_bytes(model: LanguageModel) -> None:
 
 
 def test_budget_as_text(odd: tuple[Path, Array]) -> None:
-    model = LanguageModel(odd[0], ram="64GB")
+    model = exact_model(odd[0], ram="64GB")
     near(model.feed(IDS), odd[1][-1])
     model.close()
     for text in ("much", "0", "-1GB"):
-        assert "--ram" in refusal(lambda t=text: LanguageModel(odd[0], ram=t), UsageError)
+        assert "--ram" in refusal(lambda t=text: exact_model(odd[0], ram=t), UsageError)
 
 
 def test_progress_is_told(odd: tuple[Path, Array]) -> None:
     told: list[tuple[str, float | None]] = []
-    LanguageModel(odd[0], progress=lambda text, part: told.append((text, part))).close()
+    exact_model(odd[0], progress=lambda text, part: told.append((text, part))).close()
     assert told[0] == ("reading the model", None)
     assert all(part is None or 0 <= part <= 1 for _, part in told)
 
@@ -319,7 +319,7 @@ def test_progress_is_told(odd: tuple[Path, Array]) -> None:
 @pytest.mark.parametrize("load", ["stream", "mmap", "ram"])
 def test_closing(load: str, odd: tuple[Path, Array]) -> None:
     threads = threading.active_count()
-    model = LanguageModel(odd[0], load=load, threads=1)
+    model = exact_model(odd[0], load=load, threads=1)
     model.feed(IDS[:5])
     model.feed(IDS[5:6])
     model.close()

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from llama_fixtures import write_gguf, write_hf
 from llama_oracle import Tiny
-from llm_checks import Countdown, near
+from llm_checks import Countdown, exact_model, near
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import make, refusal, saved, value
 
 from onnxstream_nb.errors import Interrupted, UnsupportedError
-from onnxstream_nb.llm import LanguageModel
 
 
 def test_a_graph_without_a_past(tmp_path: Path) -> None:
@@ -27,7 +26,7 @@ def test_a_graph_without_a_past(tmp_path: Path) -> None:
         [table],
     )  # fmt: skip
     path = saved(proto, tmp_path / "m.onnx")
-    message = refusal(lambda: LanguageModel(path), UnsupportedError)
+    message = refusal(lambda: exact_model(path), UnsupportedError)
     assert "past" in message and "export" in message
 
 
@@ -60,7 +59,7 @@ def _summing(extra: str = "") -> Any:
 def test_a_past_without_attention(tmp_path: Path) -> None:
     """The cache is kept for graphs that the passes do not know, too."""
     proto, table, w = _summing()
-    model = LanguageModel(saved(proto, tmp_path / "m.onnx"))
+    model = exact_model(saved(proto, tmp_path / "m.onnx"))
     ids: list[int] = []
     for step in ([1, 7, 3], [2], [5], [8, 8], [0], [4]):
         ids += step
@@ -77,7 +76,7 @@ def test_a_past_without_attention(tmp_path: Path) -> None:
 def test_an_input_that_nobody_feeds(tmp_path: Path) -> None:
     proto, _, _ = _summing(extra="temperature")
     path = saved(proto, tmp_path / "m.onnx")
-    message = refusal(lambda: LanguageModel(path), UnsupportedError)
+    message = refusal(lambda: exact_model(path), UnsupportedError)
     assert "'temperature'" in message and "input_ids" in message
 
 
@@ -87,14 +86,13 @@ def test_nothing_is_opened_for_a_graph_that_cannot_be_fed(
     proto, _, _ = _summing(extra="temperature")
     opened: list[object] = []
     monkeypatch.setattr("onnxstream_nb.llm.Session", lambda *_, **__: opened.append(None))
-    refusal(lambda: LanguageModel(saved(proto, tmp_path / "m.onnx")), UnsupportedError)
+    refusal(lambda: exact_model(saved(proto, tmp_path / "m.onnx")), UnsupportedError)
     assert not opened
 
 
 _TRUNCATED = """
 import os, sys
 from onnxstream_nb.errors import ModelError
-from onnxstream_nb.llm import LanguageModel
 
 model = LanguageModel(sys.argv[1], load=sys.argv[2], threads=1)
 for token in (3, 1, 4, 1, 5):
