@@ -5,6 +5,7 @@ Dims: any shape (...); R rows of C columns, over which an operand may be broadca
 
 import numpy as np
 
+from .buffers import empty
 from .jit import float_bits
 from .lowered import Rows, plain
 from .simd import JIT
@@ -33,7 +34,7 @@ def evaluate(rows):
 def unary_rows(kernel, x, parameter=0.0, dtype=np.float32):
     """The call that computes x (any shape) -> the same shape, contiguous."""
     x = np.ascontiguousarray(x).reshape(x.shape)
-    out = np.empty(x.shape, dtype)
+    out = empty(x.shape, dtype)
     call = (kernel, x.ctypes.data, out.ctypes.data, x.size, float_bits(parameter))
     return Rows((out,), [call], serial=x.size < SMALL, keep=(x,))
 
@@ -76,7 +77,7 @@ def broadcast_rows(kernel, *operands):
     if form is None:
         return None
     rows, columns, steps = form
-    out = np.empty(shape, np.float32)
+    out = empty(shape)
     call = [kernel, out.ctypes.data, rows, columns]
     for o, (step, varies) in zip(operands, steps, strict=True):
         call += o.ctypes.data, step * o.itemsize, varies

@@ -10,6 +10,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..registry import kernels, op
 from . import gemm_bf16, gemv
+from .buffers import empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import Rows, plain
 from .panel_products import block_rows, quantize_rows
@@ -82,7 +83,7 @@ def _layout(weight, m, k):
 
 def product(x, weight):
     """x (M, K) float32 contiguous, weight logically (K, N) -> (M, N) float32."""
-    out = np.empty((len(x), weight.shape[1]), np.float32)
+    out = empty((len(x), weight.shape[1]))
     if 0 in (*x.shape, *out.shape):
         out[:] = 0
         return out
@@ -99,7 +100,7 @@ def lower_matmul(a, b):
     """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
     if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
         return None
-    out = np.empty((*a.shape[:-1], b.shape[1]), np.float32)
+    out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:
         return None
     todo, held = calls(a.reshape(1, -1), b, out.reshape(1, -1))
@@ -132,7 +133,7 @@ def matmul(a, b):
     lead = np.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     left = np.broadcast_to(left, (*lead, *left.shape[-2:])).astype(np.float32, copy=False)
     right = np.broadcast_to(right, (*lead, *right.shape[-2:]))
-    out = np.empty((*lead, left.shape[-2], right.shape[-1]), np.float32)
+    out = empty((*lead, left.shape[-2], right.shape[-1]))
     for i in np.ndindex(lead):
         out[i] = product(np.ascontiguousarray(left[i]), Matrix(right[i]))
     out = out[..., 0, :] if a.ndim == 1 else out

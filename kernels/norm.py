@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
+from .buffers import empty
 from .jit import arg, arg_float, float_bits, jit, kernel, share
 from .lowered import Rows, plain
 from .threads import team
@@ -93,7 +94,7 @@ def lower_rms(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     """x (M, N) or (..., N), scale (N,), contiguous float32."""
     if not plain(x, scale) or axis not in (-1, x.ndim - 1) or scale.shape != x.shape[-1:]:
         return None
-    out, n = np.empty_like(x), x.shape[-1]
+    out, n = empty(x.shape), x.shape[-1]
     m = x.size // n if n else 0
     call = (rms_norm, x.ctypes.data, scale.ctypes.data, out.ctypes.data, m, n, float_bits(epsilon))
     return Rows((out,), [call], serial=m == 1, keep=(x, scale))
@@ -111,7 +112,7 @@ def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
 def layer_normalization(x, scale, b=None, *, axis=-1, epsilon=1e-5, stash_type=1, n_outputs=1):
     """x (..., N), scale (N,), b (N,) -> same shape; Mean and InvStdDev (..., 1) when asked for."""
     rows, weight, bias = _rows(x, axis, scale, b)
-    out = np.empty_like(rows)
+    out = empty(rows.shape)
     m, n = rows.shape
     team().run([(layer_norm, rows.ctypes.data, weight.ctypes.data,
                  0 if bias is None else bias.ctypes.data, out.ctypes.data, m, n,

@@ -1,6 +1,9 @@
 """Packing stored rows of block encodings into panels (panels.py), where the host profits by it."""
 
+import numpy as np
+
 from ..registry import kernels, op
+from .buffers import private_memory
 from .panels import TOKENS
 from .quads import SUPPORTED
 from .threads import team
@@ -17,6 +20,10 @@ class Packer:
         if 0 in ref.shape:
             return 0
         return token.panel_bytes(ref.shape[0])
+
+    def memory(self, size):
+        """Zeroed memory for panels (size,) uint8."""
+        return np.frombuffer(private_memory(size), np.uint8) if size else np.zeros(0, np.uint8)
 
     def pack(self, ref, rows, out, count):
         """`count` rows (count, bytes a row) uint8 -> panels at address `out`, which hold zeros."""

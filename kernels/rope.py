@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
+from .buffers import empty
 from .jit import arg, kernel, share
 from .lowered import Rows, plain
 from .vector import fma, load_f32, mul, peek_f32, poke_f32, splat, store_f32
@@ -65,7 +66,7 @@ def lower_rotary(
     rotated = rotary_embedding_dim or size
     if not cos_cache.shape == sin_cache.shape == (b, t, rotated // 2):
         return None
-    out = np.empty_like(x)
+    out = empty(x.shape)
     call = (rotary, x.ctypes.data, out.ctypes.data, cos_cache.ctypes.data, sin_cache.ctypes.data,
             b, t, heads, size, rotated, *strides, interleaved)  # fmt: skip
     return Rows((out,), [call], serial=b * t == 1, keep=(x, cos_cache, sin_cache))

@@ -6,6 +6,7 @@ Dims: a weight's stored form is N rows of K elements; M rows are looked up.
 import numpy as np
 
 from ..registry import kernels, op
+from .buffers import empty
 from .mapping import launch
 
 USES = ("decode_{encoding}",)
@@ -22,7 +23,7 @@ def decode_rows(weight, ids=None):
     stored = weight.ref.stored_shape
     k = stored[-1] if stored else 1
     n = int(np.prod(stored[:-1], dtype=np.int64)) if ids is None else ids.size
-    out = np.empty((n, k), np.float32)
+    out = empty((n, k))
     if out.size == 0:
         return out
     address, where = weight.address, 0 if ids is None else ids.ctypes.data

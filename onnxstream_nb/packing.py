@@ -7,7 +7,6 @@ file's own rows they read at half of it. What is only looked up by rows stays as
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -26,6 +25,9 @@ class Packer(Protocol):
 
     def panel_bytes(self, ref: WeightRef) -> int:
         """Bytes of a panel of 16 rows; 0 when this weight is read as it is stored."""
+
+    def memory(self, size: int) -> np.ndarray[Any, Any]:
+        """Zeroed memory for panels (size,) uint8."""
 
     def pack(self, ref: WeightRef, rows: np.ndarray[Any, Any], out: int, count: int) -> None:
         """Pack `count` stored rows, flat bytes, into the panels at address `out`."""
@@ -58,7 +60,7 @@ class PackedProvider:
         keys = {ref.key for ref, _ in wanted.values()}
         self._tables = {ref.matrix for ref in tables if ref.key in keys}
         total = sum(_size(*found) for found in wanted.values())
-        memory, done = _memory(total), 0
+        memory, done = packer.memory(total), 0
         for matrix, (ref, panel_bytes) in wanted.items():
             if progress is not None:
                 progress("packing weights", done / total)
@@ -111,17 +113,6 @@ class PackedProvider:
         self._weights.clear()
         self._disk.close()
         getattr(self.others, "close", lambda: None)()
-
-
-def _memory(size: int) -> np.ndarray[Any, Any]:
-    """Zeroed private memory, in large pages where the system has them."""
-    if size == 0:
-        return np.zeros(0, np.uint8)
-    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, size, **flags)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, np.uint8)
 
 
 def _packed(ref: WeightRef, panel_bytes: int, memory: np.ndarray[Any, Any]) -> Weight:
