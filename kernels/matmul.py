@@ -60,7 +60,7 @@ def calls(x, weight, out):
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
         return [(kernel, *where, out.ctypes.data, n, k, scratch, each)], (held,)
     kernel = _kernel(f"gemm_{precision()}", weight)
-    pack, nbytes, working, most = _layout(weight, m, k)
+    pack, nbytes, working, most = _layout(kernel, weight, m, k)
     left, kept = team().workspace(nbytes)
     scratch, each, held = team().scratch(working)
     source = (pack, x.ctypes.data, 4 * k, left, m, k, *most)
@@ -68,17 +68,17 @@ def calls(x, weight, out):
     return [source, (kernel, *where, m, n, k, *most, scratch, each)], (kept, held)
 
 
-def _layout(weight, m, k):
+def _layout(kernel, weight, m, k):
     """What packs X, bytes of it packed, bytes a thread works in, rows of X a block of panels."""
     if weight.order == "panels":
         most = block_rows(m, k)
         return quantize_rows, RECORD * m * (k // 32), 64 * most, (most,)
-    pack = kernels()[f"gemm_{precision()}_pack"]
-    if pack is gemm_pack:
-        rows = -(-m // TILE_ROWS) * TILE_ROWS
-        return pack, 4 * rows * -(-k // BLOCK) * BLOCK, scratch_bytes(m), ()
-    parts = 2 if pack is gemm_bf16.gemm_split_pack else 1
-    return pack, parts * gemm_bf16.packed_bytes(m, k), gemm_bf16.scratch_bytes(m), ()
+    for parts, kind in ((1, "bf16"), (2, "split")):
+        if kernel.name.startswith(f"gemm_{kind}_"):
+            pack = kernels()[f"gemm_{kind}_pack"]
+            return pack, parts * gemm_bf16.packed_bytes(m, k), gemm_bf16.scratch_bytes(m), ()
+    rows = -(-m // TILE_ROWS) * TILE_ROWS
+    return gemm_pack, 4 * rows * -(-k // BLOCK) * BLOCK, scratch_bytes(m), ()
 
 
 def product(x, weight):

@@ -9,8 +9,17 @@ import pytest
 
 @pytest.fixture
 def one_thread_afterwards() -> Iterator[None]:
-    """For tests that choose how many threads the kernels use."""
+    """For tests that choose how many threads the kernels use, or their precision."""
     yield
-    from onnxstream_nb.kernels.threads import set_threads
+    from onnxstream_nb.kernels.threads import set_precision, set_threads
 
     set_threads(1)
+    set_precision("exact")
+
+
+@pytest.fixture
+def panels_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of packed weights: taken to pay on this host, whose kernels run them anyway."""
+    from onnxstream_nb.kernels import packing
+
+    monkeypatch.setattr(packing, "SUPPORTED", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,7 +11,8 @@ import pytest
 from kernel_oracles import ORDERS, PLAIN, assert_product, normal, random_weight
 
 from onnxstream_nb.kernels.matmul import gemm, matmul
-from onnxstream_nb.kernels.threads import set_threads
+from onnxstream_nb.kernels.threads import set_precision, set_threads
+from onnxstream_nb.kernels.tile_bf16 import SUPPORTED
 
 Array = np.ndarray[Any, Any]
 MS = (1, 2, 3, 11, 12, 13, 25)
@@ -39,6 +41,51 @@ def test_every_encoding_order_and_odd_size(
             weight, dense = random_weight(encoding, k, n, rng, transposed)
             for m in MS:
                 assert_product(matmul(x[:m], weight), x[:m], dense, encoding)
+
+
+@pytest.fixture
+def fast() -> Iterator[None]:
+    set_precision("fast")
+    yield
+    set_precision("exact")
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize(("encoding", "transposed"), ORDERS)
+def test_fast_products_round_at_most_to_bfloat16(
+    encoding: str, transposed: bool, threads: int, rng: np.random.Generator, fast: None
+) -> None:
+    """Plain weights and X by 2 ** -9 at most each; products with others stay exact."""
+    set_threads(threads)
+    k = 512
+    x = normal(rng, max(MS), k)
+    for n in NS:
+        weight, dense = random_weight(encoding, k, n, rng, transposed)
+        for m in MS:
+            y = matmul(x[:m], weight)
+            if m == 1 or encoding not in PLAIN:
+                assert_product(y, x[:m], dense, encoding)
+                continue
+            size = np.abs(x[:m]).astype(np.float64) @ np.abs(dense)
+            error = np.abs(y - x[:m].astype(np.float64) @ dense)
+            assert (error <= (2.0**-8 + 2.0**-18 + 1e-6) * size).all()
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize(("encoding", "transposed"), ORDERS)
+def test_every_encoding_at_every_precision(
+    encoding: str, transposed: bool, precision: str, rng: np.random.Generator
+) -> None:
+    """What has no fast kernel runs exactly, and is packed for the kernel that runs."""
+    set_precision(precision)
+    x = normal(rng, 37, 512)
+    weight, dense = random_weight(encoding, 512, 67, rng, transposed)
+    y = matmul(x, weight)
+    if precision == "exact" or encoding not in PLAIN or not SUPPORTED:
+        assert_product(y, x, dense, encoding)
+    else:  # both factors rounded to 8 bits
+        terms = np.abs(x).astype(np.float64) @ np.abs(dense)
+        assert (np.abs(y - x.astype(np.float64) @ dense) <= 2 * 2.0**-8 * terms).all()
 
 
 @pytest.mark.parametrize("transposed", [True, False])
