@@ -6,14 +6,18 @@ member.
 
 Every row is cut into shares, two a member; a kernel's (thread, threads) are a share and their
 number. A member takes its own shares first, so that on a quiet machine the cut is static, and then
-those that nobody has taken: a member that the system has put aside holds up nobody. `claims` holds
-the row's serial number above a bit for each share that is taken.
+those that nobody has taken: a member that the system has put aside holds up nobody, unless it has
+begun a share. Who waits for that sleeps after a while, on a futex where there is one: spinning
+would use up the time that the system gives to the program, and a busy machine has little of it.
+`claims` holds the row's serial number above a bit for each share that is taken.
 
 The calling thread is member 0 and leads from row to row. The others spin for a moment between
-tables and then park in Python on an event, so that an idle engine costs nothing. (They spin without
-the processor's pause instruction: a hypervisor takes it for a reason to run somebody else.)
+tables, sleep for a moment, and then park in Python on an event, so that an idle engine costs
+nothing. (They spin without the processor's pause instruction: a hypervisor takes it for a reason to
+run somebody else.)
 """
 
+import platform
 import sys
 import threading
 from functools import cache
@@ -30,18 +34,49 @@ from .vector import (
 
 COLUMNS = 40
 LINE = 64
-CLAIMS, ROW, DONE, SHARES = (i * LINE for i in range(4))
+CLAIMS, ROW, DONE, SHARES, WAITING, STARTED, SLEEPERS, TIMEOUT = (i * LINE for i in range(8))
 PARKED = 8 * LINE
 SERIAL = 32  # claims holds the shares in its lower bits, the serial number above
-SPINS_BEFORE_YIELD = 2000
-SPINS_BEFORE_PARKING = 40000
+LEADER_SPINS = 40000  # some 0.1 ms: then the system has put a member aside, with its share
+MEMBER_SPINS = 80000  # as long as what Python does between two tables, and more
+SPINS_BEFORE_PARKING = 160000
+SPINS_A_SLEEP = 20000  # what a sleep counts for
 SERIAL_ROW = COLUMNS - 1  # this column of a row: not worth sharing, the leader runs it alone
 MAX_THREADS = 32
 
-if JIT and sys.platform != "win32":
+SYSTEM_CALLS = {"x86_64": 202, "aarch64": 98}  # futex
+FUTEX = SYSTEM_CALLS.get(platform.machine()) if sys.platform == "linux" else None
+WAIT, WAKE = 128, 129  # FUTEX_WAIT and FUTEX_WAKE, for threads of one process
+
+if JIT and FUTEX:
+    system_call = types.ExternalFunction("syscall", types.int64(*7 * [types.int64]))
+elif JIT and sys.platform != "win32":
     yield_core = types.ExternalFunction("sched_yield", types.int32())
 else:
     yield_core = jit(lambda: 0)
+
+if FUTEX:
+
+    @jit
+    def sleep_while(word, value, timeout):
+        """Sleep while the lower half of the int64 at `word` is that of `value`, or some 2 ms."""
+        system_call(FUTEX, word, WAIT, value & 0xFFFFFFFF, timeout, 0, 0)
+
+    @jit
+    def wake(word):
+        """Wake all that sleep on it."""
+        system_call(FUTEX, word, WAKE, MAX_THREADS, 0, 0, 0)
+
+else:
+
+    @jit
+    def sleep_while(word, value, timeout):
+        """Let somebody else run."""
+        yield_core()
+
+    @jit
+    def wake(word):
+        """Nobody sleeps."""
 
 
 @primitive(types.void, address, address, types.int64, types.int64, twin=None)
@@ -78,6 +113,8 @@ def work(state, serial, first, shares):
         row = atomic_load(state + ROW)
         call_kernel(peek_i64(row), row + 8, share, shares)
         atomic_add(state + DONE, 1)
+        if atomic_load(state + WAITING):
+            wake(state + DONE)
         share = claim(state, serial, first, shares)
 
 
@@ -95,12 +132,19 @@ def team_lead(args, thread, threads):
         atomic_store(state + ROW, row)
         atomic_store(state + DONE, 0)
         atomic_store(state + CLAIMS, serial << SERIAL)
+        atomic_store(state + STARTED, serial)
+        if atomic_load(state + SLEEPERS):
+            wake(state + STARTED)
         work(state, serial, 0, shares)
-        spins = 0
-        while atomic_load(state + DONE) < shares:
+        spins, done = 0, atomic_load(state + DONE)
+        while done < shares:
             spins += 1
-            if spins > SPINS_BEFORE_YIELD:
-                yield_core()
+            if spins > LEADER_SPINS:
+                atomic_store(state + WAITING, 1)
+                sleep_while(state + DONE, done, state + TIMEOUT)
+            done = atomic_load(state + DONE)
+        if spins > LEADER_SPINS:
+            atomic_store(state + WAITING, 0)
 
 
 @kernel
@@ -124,8 +168,12 @@ def team_member(args, thread, threads):
             if atomic_load(state + CLAIMS) >> SERIAL == serial:
                 return
             atomic_store(parked, 0)
-        if spins > SPINS_BEFORE_YIELD:
-            yield_core()
+        if spins > MEMBER_SPINS:
+            atomic_add(state + SLEEPERS, 1)
+            if atomic_load(state + CLAIMS) >> SERIAL == serial:
+                sleep_while(state + STARTED, serial, state + TIMEOUT)
+                spins += SPINS_A_SLEEP
+            atomic_add(state + SLEEPERS, -1)
         spins += 1
 
 
@@ -140,6 +188,7 @@ class Team:
         self._state = memory.ctypes.data + 8 * skip
         self.shares = 1 if self.size == 1 else min(2 * self.size, SERIAL)
         memory[skip + SHARES // 8] = self.shares
+        memory[skip + TIMEOUT // 8 :][:2] = 0, 2_000_000  # seconds, nanoseconds
         memory[skip + CLAIMS // 8] = (1 << SERIAL) - 1  # nothing to take before the first row
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
         self._args = np.array([self._state, 0, 0], np.int64)
