@@ -3,7 +3,8 @@
     python bench/decode.py [MODEL ...] [--depths 0,512] [--gen 64] [--runs 5]
 
 A token reads all weights and the cache behind it, so bandwidth / bytes is the most tokens a second
-there can be. The bandwidth is read over a buffer as large, before and after each case.
+there can be. The bandwidth is read over a buffer as large before and after every run, and each run
+is held against the mean of its two: what a machine reads varies within seconds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from harness import (
@@ -21,7 +23,6 @@ from harness import (
     start_engine,
     start_yardstick,
     thread_count,
-    tokens_per_second,
     whole_numbers,
 )
 from weights import locate
@@ -36,19 +37,23 @@ def cases(name: str, yardstick: Peer, given: argparse.Namespace) -> Iterator[dic
         for depth in given.depths:
             # Half of the tokens are behind the depth when the middle one is read.
             cache = engine.facts["cache_bytes_per_position"] * (depth + given.gen // 2)
-            before = yardstick.ask("bandwidth", nbytes=weights + cache)["speed"]
-            speeds = tokens_per_second(
-                engine, given.runs, do="decode", tokens=given.gen, depth=depth
-            )
-            after = yardstick.ask("bandwidth", nbytes=weights + cache)["speed"]
-            bandwidth, speed = statistics.median((before, after)), statistics.median(speeds)
+            read = weights + cache
+            request = {"do": "decode", "tokens": given.gen, "depth": depth}
+            engine.ask(**request)
+            speeds, limits = [], [yardstick.ask("bandwidth", nbytes=read)["speed"]]
+            for _ in range(given.runs):
+                speeds.append(given.gen / engine.ask(**request)["seconds"])
+                limits.append(yardstick.ask("bandwidth", nbytes=read)["speed"])
+            around = [(a + b) / 2 for a, b in pairwise(limits)]
+            share = statistics.median(s * read / b for s, b in zip(speeds, around, strict=True))
+            bandwidth = statistics.median(around)
             yield {
-                "model": name, "depth": depth, "tokens": given.gen, "tokens_per_s": speed,
+                "model": name, "depth": depth, "tokens": given.gen,
+                "tokens_per_s": statistics.median(speeds),
                 "samples": speeds, "weight_bytes": weights, "cache_bytes": cache,
-                "bandwidths": [before, after], "bandwidth": bandwidth,
+                "bandwidths": limits, "bandwidth": bandwidth,
                 "limit_tokens_per_s": bandwidth / (weights + cache),
-                "share_of_weights": speed * weights / bandwidth,
-                "share_with_cache": speed * (weights + cache) / bandwidth,
+                "share_of_weights": share * weights / read, "share_with_cache": share,
             }  # fmt: skip
 
 

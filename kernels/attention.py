@@ -10,15 +10,17 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
+from .buffers import empty
 from .cache import AT, cache_append
 from .decode_attention import attention_decode, partial_bytes
 from .decode_attention import scratch_bytes as decode_scratch_bytes
-from .flash import BEFORE, BYTE, CAUSAL, HALF, attention, scratch_bytes
+from .flash import BEFORE, BYTE, CAUSAL, HALF
+from .flash_bf16 import BY_PRECISION
 from .lowered import Rows, plain
-from .threads import team
+from .threads import precision, team
 
 NONE = np.float32(-np.inf)
-USES = ("attention", "attention_decode", "cache_append")
+USES = ("attention_{precision}", "attention_decode", "cache_append")
 
 
 def _heads(x, heads):
@@ -84,11 +86,12 @@ def _mask_view(mask, shape):
 def _rows(q, kv_heads, stored, count, value_size, mask, scale, softcap, options):
     """The call that computes (B, T, H, E) float32; `stored` are the kernel's K .. SCALES_HEAD."""
     b, h, t, d = q.shape
-    out = np.empty((b, t, h, value_size), np.float32)
+    out = empty((b, t, h, value_size))
     if 0 in out.shape:
         return Rows((out,), [])
     mask, view = _mask_view(mask, (b, h, t, count))
     numbers = np.array([scale, softcap])
+    attention, scratch_bytes = BY_PRECISION[precision()]
     scratch, each, held = team().scratch(scratch_bytes(d, value_size))
     y = out.strides
     call = (

@@ -85,12 +85,13 @@ def block(args, head, first, rows, start, count, queries, scores, partial):
         if quantised:
             times(line, arg(args, K_SCALES) + at, count)
         if cap > 0:
-            soften(line, count, cap)
+            soften(line, 128, count, cap)
         if arg(args, MASK):
             mask = arg(args, MASK) + arg(args, MASK_HEAD) * (head * group + row) + 4 * start
-            add_mask(line, count, mask)
-        hide(line, count, count)
-        weigh(line, count, best + 4 * row, sums + 64 * row, partial + 4 * padded * row, padded)
+            add_mask(line, 128, count, mask)
+        hide(line, 128, count, count)
+        result = partial + 4 * padded * row
+        weigh(line, 128, count, best + 4 * row, sums + 64 * row, result, 128, padded)
         if quantised:
             times(line, arg(args, V_SCALES) + at, count)
     for e in range(0, padded, 32):
@@ -109,7 +110,7 @@ def segment(args, head, start, stop, scratch, partial):
     sums, best = partial + 4 * group * padded, partial + 4 * group * (padded + 16)
     pack_queries(args, head, scratch)
     for i in range(group):
-        begin(best + 4 * i, sums + 64 * i, partial + 4 * padded * i, padded)
+        begin(best + 4 * i, sums + 64 * i, partial + 4 * padded * i, 128, padded)
     scores = scratch + 4 * group * size
     for at in range(start, stop, KEYS):
         count, first = min(KEYS, stop - at), 0
@@ -140,7 +141,7 @@ def merge(args, blocks, threads):
             if stop >= (head + 1) * blocks:
                 for i in range(group):
                     out = arg(args, Y) + 4 * size * (head * group + i)
-                    finish(whole + sums + 64 * i, whole + 4 * padded * i, size, out)
+                    finish(whole + sums + 64 * i, whole + 4 * padded * i, 128, size, out)
             part += arg(args, PARTIAL)
 
 

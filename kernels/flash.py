@@ -140,24 +140,25 @@ def step(args, batch, head, first, rows, start, queries, keys, values, scores, s
     for i in range(rows):
         line = scores + 4 * KEYS * i
         if cap > 0:
-            soften(line, count, cap)
+            soften(line, 128, count, cap)
         if arg(args, MASK):
-            add_mask(line, count, mask_row(args, batch, head, first + i, start))
-        hide(line, seen(args, first + i, start, count), count)
-        weigh(line, count, best + 4 * i, sums + 64 * i, result + 4 * width * i, width)
+            add_mask(line, 128, count, mask_row(args, batch, head, first + i, start))
+        hide(line, 128, seen(args, first + i, start, count), count)
+        to = result + 4 * width * i
+        weigh(line, 128, count, best + 4 * i, sums + 64 * i, to, 128, width)
     for e in range(0, width, 32):
         sum_many(scores, values + 4 * KEYS * e, result + 4 * e, 4 * width, count)
 
 
 @jit
-def write(args, batch, head, first, rows, sums, result, width):
-    """The results of rows first .. first + rows -> their places in Y."""
+def write(args, batch, head, first, rows, sums, result, stride, apart):
+    """The results of rows first .. first + rows, `stride` bytes from one to the next, -> Y."""
     group = arg(args, GROUP)
     for i in range(rows):
         row = first + i
         out = arg(args, Y) + arg(args, Y_BATCH) * batch + arg(args, Y_TOKEN) * (row // group)
         out += arg(args, Y_HEAD) * (head * group + row % group)
-        finish(sums + 64 * i, result + 4 * width * i, arg(args, VALUE_SIZE), out)
+        finish(sums + 64 * i, result + stride * i, apart, arg(args, VALUE_SIZE), out)
 
 
 @jit
@@ -174,7 +175,7 @@ def attend(args, batch, head, first, rows, scratch):
     padded = (rows + MANY_ROWS - 1) // MANY_ROWS * MANY_ROWS
     pack_queries(args, batch, head, first, padded, scratch)
     for i in range(padded):
-        begin(best + 4 * i, sums + 64 * i, result + 4 * width * i, width)
+        begin(best + 4 * i, sums + 64 * i, result + 4 * width * i, 128, width)
     stored = arg(args, K) + arg(args, K_BATCH) * batch + arg(args, K_HEAD) * head
     scales = arg(args, K_SCALES) + arg(args, SCALES_HEAD) * head
     element = 2 if options & HALF else 1 if options & BYTE else 4
@@ -193,23 +194,35 @@ def attend(args, batch, head, first, rows, scratch):
             state = best + 4 * i, sums + 64 * i, result + 4 * width * i
             step(args, batch, head, first + i, min(MANY_ROWS, rows - i), start,
                  scratch + 4 * size * i, keys, values, scores, state)  # fmt: skip
-    write(args, batch, head, first, rows, sums, result, width)
+    write(args, batch, head, first, rows, sums, result, 4 * width, 128)
+
+
+@jit
+def unit_rows(args, most, align, threads):
+    """How many rows a unit of work has: fewer where there would be few units."""
+    total = arg(args, QUERIES) * arg(args, GROUP) * arg(args, BATCH) * arg(args, KV_HEADS)
+    fair = (total + 4 * threads - 1) // (4 * threads)
+    return min(most, (fair + align - 1) // align * align)
+
+
+@jit
+def unit_of(turn, thread, threads):
+    """Units are dealt out back and forth, for a causal limit makes later ones longer."""
+    return turn * threads + (thread if turn % 2 == 0 else threads - 1 - thread)
 
 
 @kernel
-def attention(args, thread, threads):
+def attention_exact(args, thread, threads):
     """Q (B, H, T, D), K (B, KV, S, D), V (B, KV, S, E) -> Y (B, H, T, E), all by strides.
 
-    args: as listed above. Threads take units in turn, back and forth, for a causal limit makes
-    later ones longer; units are smaller where there would be few of them.
+    args: as listed above.
     """
     total, heads = arg(args, QUERIES) * arg(args, GROUP), arg(args, BATCH) * arg(args, KV_HEADS)
-    fair = (total * heads + 4 * threads - 1) // (4 * threads)
-    rows = min(UNIT_ROWS, (fair + MANY_ROWS - 1) // MANY_ROWS * MANY_ROWS)
+    rows = unit_rows(args, UNIT_ROWS, MANY_ROWS, threads)
     units = (total + rows - 1) // rows
     scratch = arg(args, SCRATCH) + arg(args, EACH) * thread
     for turn in range((heads * units + threads - 1) // threads):
-        unit = turn * threads + (thread if turn % 2 == 0 else threads - 1 - thread)
+        unit = unit_of(turn, thread, threads)
         if unit < heads * units:
             head, first = unit // units, unit % units * rows
             attend(args, head // arg(args, KV_HEADS), head % arg(args, KV_HEADS), first,

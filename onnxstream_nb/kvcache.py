@@ -175,6 +175,11 @@ class KVCache:
             value = inputs[pair.past_input]
             slot = _kv_slot(value, pair, encoding) if fused else _array_slot(value)
             self.slots[pair.past_input] = slot
+        if encoding != "f16" and not any(isinstance(s, KVSlot) for s in self.slots.values()):
+            raise UsageError(
+                f"kv_cache {encoding}: no Attention reads the graph's past, which stays as it is "
+                "declared; leave kv_cache at f16"
+            )
 
     @property
     def length(self) -> int:

@@ -16,7 +16,7 @@ from . import passes
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import prompt_chunk
+from .loading import prompt_chunk, prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -30,8 +30,10 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of a full context is set aside. With `all_logits` the
-    head is computed for every position, for `logits`. One caller at a time.
+    budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
+    "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
+    keeps keys and values in 8 bits instead of 16: see KVSlot. With `all_logits` the head is
+    computed for every position, for `logits`. One caller at a time.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class LanguageModel:
         ram: int | str | None = None,
         threads: int | None = None,
         context: int | None = None,
-        precision: str = "fast",
+        precision: str = "auto",
+        kv_cache: str = "f16",
         device: str = "cpu",
         all_logits: bool = False,
         progress: Progress | None = None,
@@ -60,7 +63,7 @@ class LanguageModel:
             )
         self.context = _context(graph, context)
         self.chunk = prompt_chunk(self.graph)
-        self._cache = KVCache(self.graph, pairs)
+        self._cache = KVCache(self.graph, pairs, kv_cache)
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
             slot: p.present_output
@@ -73,10 +76,11 @@ class LanguageModel:
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
+        self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         self.session = Session(
-            self.graph, load=load, ram=ram, threads=threads, precision=precision, device=device,
-            optimize=False,
-            reserve=bytes_at(self.graph, pairs, positions), progress=progress,
+            self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
+            device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
+            progress=progress,
         )  # fmt: skip
 
     @property

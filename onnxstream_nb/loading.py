@@ -37,26 +37,39 @@ def prompt_chunk(graph: Graph) -> int:
     return chunk
 
 
+def prompt_precision(graph: Graph) -> str:
+    """What `auto` means: "fast" when a prompt meets plain floats, which bfloat16 rounds; "exact"
+    for block encodings, whose products are in integers at either precision."""
+    plain = ("raw", "float32", "float16", "bfloat16")
+    return "fast" if all(r.encoding in plain for r in _prompt_matrices(graph)) else "exact"
+
+
 def work_bytes(plan: Plan) -> int:
     """Bytes that a run takes beside weights and cache, roughly: a chunk's activations, and the
     largest weights that an operator gets decoded."""
     widest = max((sum(ref.shape) for ref in _prompt_matrices(plan.graph)), default=0)
-    refs = plan.graph.initializers
+    refs, packable = plan.graph.initializers, {ref.matrix for ref in plan.packable}
     decoded = max(
         (
             sum(
-                4 * math.prod(refs[name].shape)
+                _made_of(refs[name], native, refs[name].matrix in packable)
                 for name, native in step.inputs
-                if not native
-                and name in refs
-                and name not in plan.constants
-                and refs[name].encoding not in ("raw", refs[name].dtype)
+                if name in refs and name not in plan.constants
             )
             for step in plan.steps
         ),
         default=0,
     )
     return BASE + ARRAYS * 4 * prompt_chunk(plan.graph) * widest + decoded
+
+
+def _made_of(ref: WeightRef, native: bool, packable: bool) -> int:
+    """Bytes that an operator's turn makes of a stored weight: its floats, or panels."""
+    if ref.parts and native:
+        return 2 * ref.nbytes if packable else 9 * math.prod(ref.shape)
+    if native or ref.encoding in ("raw", ref.dtype):
+        return 0
+    return 4 * math.prod(ref.shape)
 
 
 def _prompt_matrices(graph: Graph) -> Iterator[WeightRef]:

@@ -122,21 +122,23 @@ def measure(
         ram=options["ram"],
         threads=threads,
         precision=options["precision"],
+        kv_cache=options["kv_cache"],
         context=max(case.context for case in cases),
         progress=report,
     )
     load_s = time.perf_counter() - started
     try:
         results = [run_case(llm, case, options["repetitions"], report) for case in cases]
-        per_token = int(llm.bytes_per_token)
+        per_token, precision = int(llm.bytes_per_token), llm.precision
     finally:
         llm.close()
     report("measuring read bandwidth", None)
     bandwidth = read_bandwidth(per_token, threads)
     return {
         "model": name, "size_bytes": size, "params": params, "backend": "CPU",
-        "threads": threads, "precision": options["precision"], "load": options["load"],
-        "load_s": round(load_s, 3), "repetitions": options["repetitions"],
+        "threads": threads, "precision": precision, "load": options["load"],
+        "kv_cache": options["kv_cache"], "load_s": round(load_s, 3),
+        "repetitions": options["repetitions"],
         "tests": [asdict(r) for r in results],
         "bytes_per_token": per_token, "read_bandwidth": bandwidth,
         "decode_share": decode_share(results, per_token, bandwidth),
@@ -194,7 +196,9 @@ def decode_share(results: Sequence[Result], per_token: int, bandwidth: float) ->
 
 def weights_size(graph: Graph) -> tuple[int, int]:
     """Stored bytes and number of parameters of the weights, tied ones counted once."""
-    unique = {ref.key: ref for ref in graph.initializers.values()}
+    from .passes import with_quantised_weights
+
+    unique = {ref.key: ref for ref in with_quantised_weights(graph).initializers.values()}
     floats = [ref for ref in unique.values() if "float" in ref.dtype]
     return sum(ref.nbytes for ref in floats), sum(math.prod(ref.shape) for ref in floats)
 

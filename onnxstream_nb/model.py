@@ -54,12 +54,14 @@ class Model:
         threads: int | None = None,
         device: str = "cpu",
         context: int | None = None,
-        precision: str = "fast",
+        precision: str = "auto",
+        kv_cache: str = "f16",
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
-        `context` is in tokens; `progress` is called as work proceeds and may raise to give up.
+        `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
+        "f16". `progress` is called as work proceeds and may raise to give up.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
@@ -79,6 +81,7 @@ class Model:
             threads=threads,
             context=context,
             precision=precision,
+            kv_cache=kv_cache,
             device=device,
             progress=report,
         )

@@ -287,7 +287,8 @@ def test_generate_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> N
     assert out.count("\n") == 1
     assert fake.asked == {
         "name": "m", "load": "ram", "ram": None, "threads": None, "context": None,
-        "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
+        "precision": "auto", "kv_cache": "f16", "prompt": "capital?", "system": None, "raw": False,
+        "max_tokens": 9,
         "temperature": 0.0, "stop": ("x",),
     }  # fmt: skip
     assert fake.closed
@@ -437,7 +438,10 @@ def test_chat_without_a_name_takes_the_default(monkeypatch: pytest.MonkeyPatch) 
     name, options = asked
     assert (name, options.resume, options.system) == ("smollm2-135m", True, "s")
     assert options.sampling == {"top_k": 3}
-    assert options.load_options == {"load": "auto", "ram": None, "threads": 2, "context": None}
+    assert options.load_options == {
+        "load": "auto", "ram": None, "threads": 2, "context": None, "precision": "auto",
+        "kv_cache": "f16",
+    }  # fmt: skip
 
 
 def test_list_knows_the_catalogue(capsys: pytest.CaptureFixture[str]) -> None:

@@ -254,10 +254,11 @@ def test_bytes_per_position() -> None:
     assert bytes_per_position(graph, []) == 0
 
 
-@pytest.mark.parametrize("reader", ["Attention", "Concat"])
+@pytest.mark.parametrize(
+    ("reader", "encoding"), [("Attention", "f16"), ("Attention", "q8"), ("Concat", "f16")]
+)
 @pytest.mark.parametrize("positions", [1, 256, 1000, 4097])
-@pytest.mark.parametrize("encoding", ["f16", "q8"])
-def test_bytes_at_are_never_exceeded(encoding: str, positions: int, reader: str) -> None:
+def test_bytes_at_are_never_exceeded(positions: int, reader: str, encoding: str) -> None:
     graph, pairs = _cache_graph(reader)
     cache, most = KVCache(graph, pairs, encoding), 0
     for length in range(1, positions + 1):
@@ -274,6 +275,8 @@ def test_bytes_at_are_never_exceeded(encoding: str, positions: int, reader: str)
 def test_an_encoding_that_is_not_there() -> None:
     with pytest.raises(UsageError, match="kv_cache must be one of f16, q8, not 'q4'"):
         KVCache(*_cache_graph("Attention"), "q4")
+    with pytest.raises(UsageError, match="no Attention reads the graph's past"):
+        KVCache(*_cache_graph("Concat"), "q8")
 
 
 def test_heads_that_are_no_number() -> None:

@@ -94,7 +94,8 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how weights are held, as Model.load takes them."""
-    return {name: options[name] for name in ("load", "ram", "threads", "context", "precision")}
+    names = ("load", "ram", "threads", "context", "precision", "kv_cache")
+    return {name: options[name] for name in names}
 
 
 @contextmanager

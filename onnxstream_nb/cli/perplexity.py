@@ -124,7 +124,7 @@ def open_reader(
     try:
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
-            precision=precision, all_logits=True, progress=report,
+            precision=precision, kv_cache=options["kv_cache"], all_logits=True, progress=report,
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:
@@ -134,7 +134,7 @@ def open_reader(
             f"--ram {whole} is for the model and its reference together, and {found.name}'s part "
             f"of it does not do; raise it, or leave it out ({error})"
         ) from error
-    return Reader(found.name, llm, precision)
+    return Reader(found.name, llm, llm.precision)
 
 
 def _budgets(ram: int | None, count: int) -> Iterator[int | None]:

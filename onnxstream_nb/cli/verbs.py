@@ -15,10 +15,18 @@ JSON = Option(("--json",), "print one JSON object and nothing else", truth, defa
 THREADS = Option(("--threads",), "threads; default: the physical cores", whole(1), "N")
 PRECISION = Option(
     ("--precision",),
-    "products of a prompt: exact as in float32, or fast in bfloat16 where the processor has it",
-    choice("fast", "exact"),
+    "how a prompt is computed: exact as in float32, fast in bfloat16 where the processor has it;"
+    " default: fast for weights stored as floats, exact for block encodings",
+    choice("auto", "fast", "exact"),
     "KIND",
-    default="fast",
+    default="auto",
+)
+KV_CACHE = Option(
+    ("--kv-cache",),
+    "how keys and values of the context are kept: f16, or q8 in a little over half the memory",
+    choice("f16", "q8"),
+    "KIND",
+    default="f16",
 )
 LOADING = (
     Option(
@@ -32,6 +40,7 @@ LOADING = (
     Option(("--ram",), "most memory to use, for example 2GB; the rest is streamed", size, "SIZE"),
     THREADS,
     PRECISION,
+    KV_CACHE,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SAMPLING = (
@@ -97,7 +106,7 @@ BENCH = (
         ("--dtype",), "storage of random weights: f16, q8_0 or q4_0; default f16",
         choice("f16", "q8_0", "q4_0"), "TYPE",
     ),
-    *LOADING[:4], JSON, TRACE,
+    *LOADING[:-1], JSON, TRACE,
 )  # fmt: skip
 PERPLEXITY = (
     Option(("--text",), "a file of UTF-8 text to predict", text, "FILE", required=True),
@@ -124,7 +133,7 @@ PERPLEXITY = (
         choice("fast", "exact"),
         "KIND",
     ),
-    *LOADING[:4], JSON, TRACE,
+    *LOADING[:-1], JSON, TRACE,
 )  # fmt: skip
 INSPECT = (
     Option(("--plan",), "print what will run, in order", truth, default=False),
