@@ -9,7 +9,7 @@ of X with them.
 
 `gemm_bf16` rounds both factors to 8 bits: an error of at most 2 ** -8 of each. `gemm_split` writes
 each as a sum of two bfloat16, W = A + B and X = C + D, and adds up A C + A D + B C: what is left
-out is below 2 ** -16 of the product.
+out is below 2 ** -15 of the product.
 """
 
 from ..registry import register_kernel

@@ -6,9 +6,11 @@ of x's shape with the axis divided into blocks.
 
 import numpy as np
 
+from ..errors import UnsupportedError
 from ..registry import op
 from .cast import convert
 from .dtypes import numpy_dtype
+from .matmul import matmul
 
 
 def spread(values, x, axis, block_size):
@@ -64,3 +66,30 @@ def dynamic_quantize_linear(x):
     zero = np.float32(0) if scale == 0 else np.clip(np.rint(-least / scale), 0, 255)
     zero = np.asarray(zero).astype(np.uint8)
     return quantize_linear(x, scale, zero), scale, zero
+
+
+def _nibbles(packed):
+    """(N, bytes) uint8 -> (N, 2 bytes), the lower half of a byte first."""
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
+
+@op("MatMulNBits", domain="com.microsoft")
+def matmul_nbits(
+    a, b, scales, zero_points=None, g_idx=None, bias=None, *, K, N, block_size,  # noqa: N803
+    bits=4, accuracy_level=0,
+):  # fmt: skip
+    """a (..., K), b (N, B, block bits / 8), scales (N B), zero points (N, B bits / 8) uint8 or
+    (N, B) of the scales' type, bias (N,) -> (..., N). Constants are read otherwise (passes)."""
+    if g_idx is not None or bits not in (4, 8):
+        raise UnsupportedError(f"MatMulNBits with g_idx or with bits={bits} is not supported")
+    scales = scales.reshape(N, -1, 1).astype(np.float32)
+    q = b.reshape(N, -1)
+    q = (_nibbles(q) if bits == 4 else q).reshape(N, scales.shape[1], block_size)
+    zero = np.float32(1 << (bits - 1))
+    if zero_points is not None:
+        zero = zero_points.reshape(N, -1)
+        zero = _nibbles(zero) if bits == 4 and zero.dtype == np.uint8 else zero
+        zero = zero[:, : scales.shape[1], None].astype(np.float32)
+    w = ((q.astype(np.float32) - zero) * scales).reshape(N, -1)[:, :K]
+    y = matmul(a, w.T)
+    return y if bias is None else y + bias

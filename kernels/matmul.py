@@ -13,14 +13,17 @@ from . import gemm_bf16, gemv
 from .buffers import empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import Rows, plain
+from .packing import Packer, Panels
 from .panel_products import block_rows, quantize_rows
 from .quads import RECORD
 from .threads import precision, team
+from .weight import decode
 
 USES = (
     "gemv_{order}_{encoding}",
     "gemm_{precision}_{order}_{encoding}",
     "gemm_{precision}_pack",
+    "gemm_pack",
     "gemv_columns_sum",
 )
 
@@ -45,6 +48,19 @@ def _kernel(product, weight):
             "convert it to float16 or float32"
         )
     return found
+
+
+def is_ready(weight):
+    """Whether there are kernels for a weight as it is: all but those in parts that were not packed
+    when they were loaded."""
+    return weight.order == "panels" or not weight.ref.parts
+
+
+def prepared(weight):
+    """A weight as kernels take it: in parts, it is packed now, or decoded if it has no panels."""
+    if is_ready(weight):
+        return weight
+    return Panels(weight) if Packer().panel_bytes(weight.ref) else Matrix(decode(weight))
 
 
 def calls(x, weight, out):
@@ -100,6 +116,8 @@ def lower_matmul(a, b):
     """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
     if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
         return None
+    if not is_ready(b):
+        return None
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:
         return None
@@ -121,7 +139,7 @@ def _is_float(dtype):
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
     if not isinstance(b, np.ndarray):
-        x = _rows(a)
+        x, b = _rows(a), prepared(b)
         return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
     if not _is_float(a.dtype):
         return np.matmul(a, b)

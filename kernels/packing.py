@@ -1,9 +1,14 @@
-"""Packing stored rows of block encodings into panels (panels.py), where the host profits by it."""
+"""Packing stored weights into panels (panels.py, affine.py), where the host profits by it.
+
+Dims: a matrix (K, N) has ceil(N / 16) panels; a block encoding is stored (N, K).
+"""
 
 import numpy as np
 
 from ..registry import kernels, op
-from .buffers import private_memory
+from .affine import geometry
+from .affine_packing import PIECE, pack_heads, pack_integers, pack_values
+from .buffers import empty, private_memory
 from .panels import TOKENS
 from .quads import SUPPORTED
 from .threads import team
@@ -12,8 +17,17 @@ from .threads import team
 class Packer:
     """Says which weights have panels, and makes them."""
 
+    piece = PIECE  # a piece of a part begins with a multiple of so many stored rows
+
     def panel_bytes(self, ref):
-        """Bytes of a panel of 16 rows of a weight (K, N) stored (N, K); 0 when it has none."""
+        """Bytes of a panel of 16 rows of a weight (K, N); 0 when it has none.
+
+        A block encoding, stored (N, K), has other kernels where panels do not pay; a matrix in
+        parts has not.
+        """
+        if ref.parts:
+            cut = geometry(ref)
+            return 0 if cut is None else cut.nbytes
         token = TOKENS.get(ref.encoding)
         if token is None or not SUPPORTED or len(ref.shape) != 2 or not ref.transposed:
             return 0
@@ -31,6 +45,30 @@ class Packer:
         kernel = kernels()[f"pack_{ref.encoding}"]
         row_bytes = rows.nbytes // count
         team().run([(kernel, rows.ctypes.data, row_bytes, out, step, count, k)])
+
+    def pack_part(self, ref, index, piece, out, first, count):
+        """Of part `index`, the stored rows from `first` on, as a weight -> all panels, at `out`."""
+        if index == 0:
+            if first == 0:
+                pack_heads(ref, out)
+            pack_integers(ref, piece.buffer, out, first, count)
+        else:
+            pack_values(ref, index, piece.stored(), out, first)
+
+
+class Panels:
+    """A weight in parts, packed for one product."""
+
+    order = "panels"
+
+    def __init__(self, weight):
+        packer, n = Packer(), weight.shape[1]
+        self.shape, self.encoding = weight.shape, weight.encoding
+        self.row_bytes = packer.panel_bytes(weight.ref)
+        self._memory = empty(-(-n // 16) * self.row_bytes + 64, np.uint8)
+        self.address = (self._memory.ctypes.data + 63) // 64 * 64
+        for i, part in enumerate(weight.parts):
+            packer.pack_part(weight.ref, i, part, self.address, 0, part.ref.stored_shape[0])
 
 
 @op("Panels", domain="onnxstream_nb")

@@ -9,6 +9,7 @@ activations. The relative error against float32 activations is below 1e-4.
 
 import numpy as np
 
+from .affine import AFFINE4, AFFINE8
 from .jit import arg, jit, kernel, share
 from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
 from .quads import (
@@ -160,6 +161,30 @@ def gemv_panels_q5_k(args, thread, threads):
 def gemv_panels_q6_k(args, thread, threads):
     """q6_k W (N, K) in panels, x (K,) -> y (N,)."""
     gemv(Q6_K, args, thread, threads)
+
+
+@kernel
+def gemv_panels_affine4(args, thread, threads):
+    """affine4 W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(AFFINE4, args, thread, threads)
+
+
+@kernel
+def gemv_panels_affine8(args, thread, threads):
+    """affine8 W (N, K) in panels, x (K,) -> y (N,)."""
+    gemv(AFFINE8, args, thread, threads)
+
+
+@kernel
+def gemm_panels_affine4(args, thread, threads):
+    """affine4 W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(AFFINE4, args, thread, threads)
+
+
+@kernel
+def gemm_panels_affine8(args, thread, threads):
+    """affine8 W (N, K) in panels, records of X (M, K) -> Y (M, N)."""
+    gemm(AFFINE8, args, thread, threads)
 
 
 @kernel

@@ -25,6 +25,8 @@ LIMIT = 127 * 128  # the largest |128 high + low|
 
 QUADS, HALF_QUADS, BYTES = vector_of(I32, 128), vector_of(I32, 64), vector_of(I8, 64)
 u8x512 = Vector("u8x512", QUADS)
+words = Vector("words", VI32)
+"""Four bytes of each of 16 rows: a quad."""
 SUPPORTED = host_has("avx512vnni")
 """Whether the host multiplies bytes fast enough for panels to pay (vpdpbusd)."""
 
@@ -103,25 +105,36 @@ def _four_products(b, total, q, x):
     return total
 
 
+def _integers(record):
+    """The elements of a record (32,) int32, for the twins."""
+    parts = read_memory(record, np.int8, 64).astype(np.int32).reshape(2, 32)
+    return 128 * parts[0] + parts[1]
+
+
+def _sum_of_products(b, q, record, first, last, start):
+    """start (16,) int32 plus quads first .. last times a record's elements -> (16,) float32."""
+    sums = [constant(0, VI32), start]
+    for j in range(first, last):
+        lanes = ir.Constant(VI32, list(range(16 * j, 16 * j + 16)))
+        quad = b.shuffle_vector(q, ir.Constant(QUADS, ir.Undefined), lanes)
+        for part in range(2):
+            where = b.add(record, ir.Constant(I64, 32 * part + 4 * j))
+            x = broadcast(b, load(b, where, I32), VI32)
+            sums[part] = _four_products(b, sums[part], quad, x)
+    return b.sitofp(b.add(b.shl(sums[0], constant(7, VI32)), sums[1]), VF32)
+
+
 def _dot(first, last, name):
     """The product of quads first .. last with a record's elements."""
 
     def twin(q, record, start):
-        parts = read_memory(record, np.int8, 64).astype(np.int32).reshape(2, 32)
-        x = (128 * parts[0] + parts[1]).reshape(8, 1, 4)[first:last]
+        x = _integers(record).reshape(8, 1, 4)[first:last]
         sums = (q.reshape(8, 16, 4)[first:last].astype(np.int32) * x).sum(axis=(0, 2))
         return (sums + read_memory(start, np.int32, 1)).astype(np.float32)
 
     def generate(b, q, record, start):
-        sums = [constant(0, VI32), broadcast(b, load(b, start, I32), VI32)]
-        for j in range(first, last):
-            lanes = ir.Constant(VI32, list(range(16 * j, 16 * j + 16)))
-            quad = b.shuffle_vector(q, ir.Constant(QUADS, ir.Undefined), lanes)
-            for part in range(2):
-                where = b.add(record, ir.Constant(I64, 32 * part + 4 * j))
-                x = broadcast(b, load(b, where, I32), VI32)
-                sums[part] = _four_products(b, sums[part], quad, x)
-        return b.sitofp(b.add(b.shl(sums[0], constant(7, VI32)), sums[1]), VF32)
+        initial = broadcast(b, load(b, start, I32), VI32)
+        return _sum_of_products(b, q, record, first, last, initial)
 
     generate.__name__ = name
     return primitive(f32x16, u8x512, address, address, twin=twin)(generate)
@@ -131,6 +144,20 @@ dot = _dot(0, 8, "dot")
 """q times 128 high + low of a record, plus the int32 at `start` -> (16,), exact in int32."""
 dot_first, dot_last = _dot(0, 4, "dot_first"), _dot(4, 8, "dot_last")
 """The same for the first 16 elements, and for the last."""
+
+
+def _twin_dot_above(q, record, zeros):
+    above = q.reshape(8, 16, 4).astype(np.int32) - read_memory(zeros, np.uint8, 16)[:, None]
+    return (above * _integers(record).reshape(8, 1, 4)).sum(axis=(0, 2)).astype(np.float32)
+
+
+@primitive(f32x16, u8x512, address, address, twin=_twin_dot_above)
+def dot_above(b, q, record, zeros):
+    """q minus the (16,) bytes at `zeros`, one a row, times 128 high + low of a record -> (16,)."""
+    minus_8 = load(b, b.add(record, ir.Constant(I64, MINUS_8)), I32)
+    minus = broadcast(b, b.ashr(minus_8, ir.Constant(I32, 3)), VI32)
+    start = b.mul(b.zext(load(b, zeros, VI8), VI32), minus)
+    return _sum_of_products(b, q, record, 0, 8, start)
 
 
 ROUND = 1.5 * 2.0**23
@@ -187,3 +214,51 @@ def poke_u8(b, p, x):
 @primitive(i64, address, twin=lambda p: read_memory(p, np.uint16, 1)[0].item())
 def peek_u16(b, p):
     return b.zext(load(b, p, I16), I64)
+
+
+def _twin_byte_words(p, step):
+    rows = np.stack([read_memory(p + step * i, np.uint8, 16) for i in range(4)], axis=1)
+    return rows.reshape(-1).view(np.int32)
+
+
+@primitive(words, address, i64, twin=_twin_byte_words)
+def byte_words(b, p, step):
+    """Four runs of 16 bytes, `step` apart -> word i holds byte i of each."""
+    total = constant(0, VI32)
+    for j in range(4):
+        run = b.zext(load(b, b.add(p, b.mul(step, ir.Constant(I64, j))), VI8), VI32)
+        total = b.or_(total, b.shl(run, constant(8 * j, VI32)))
+    return total
+
+
+def _twin_nibble_words(p, step):
+    runs = [read_memory(p + step * i, np.uint8, 8) for i in range(4)]
+    rows = [np.stack([run & 15, run >> 4], axis=1).reshape(-1) for run in runs]
+    return np.stack(rows, axis=1).reshape(-1).view(np.int32)
+
+
+@primitive(words, address, i64, twin=_twin_nibble_words)
+def nibble_words(b, p, step):
+    """Four runs of 16 nibbles, `step` bytes apart -> word i holds nibble i of each, a byte each."""
+    half, total = vector_of(I8, 8), constant(0, VI32)
+    pairs = ir.Constant(VI32, [i // 2 + 8 * (i % 2) for i in range(16)])
+    for j in range(4):
+        run = load(b, b.add(p, b.mul(step, ir.Constant(I64, j))), half)
+        low = b.and_(run, constant(15, half))
+        high = b.lshr(run, constant(4, half))
+        each = b.zext(b.shuffle_vector(low, high, pairs), VI32)
+        total = b.or_(total, b.shl(each, constant(8 * j, VI32)))
+    return total
+
+
+@primitive(words, words, words, twin=lambda low, high: low | high << 4)
+def with_upper_words(b, low, high):
+    """Bytes of which `low` are the lower halves and `high` the upper."""
+    return b.or_(low, b.shl(high, constant(4, VI32)))
+
+
+@primitive(types.void, address, words, i64, twin=lambda p, v, flip: write_memory(
+    p, v ^ np.int64(flip).astype(np.int32)))  # fmt: skip
+def store_words(b, p, v, flip):
+    """A quad, the lower 32 bits of `flip` turned over in every word."""
+    store(b, b.xor(v, broadcast(b, b.trunc(flip, I32), VI32)), p)

@@ -8,6 +8,7 @@ Intel, "Architecture Instruction Set Extensions" (319433), on both.
 """
 
 import ctypes
+import sys
 
 import numpy as np
 from llvmlite import ir
@@ -46,11 +47,10 @@ BFLOATS, PAIRS = vector_of(BFloat(), LANES), vector_of(BFloat(), 2 * LANES)
 
 def _allowed():
     """Ask Linux for the use of tiles: without it, their first instruction ends the process."""
-    request, tile_data = 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-    system = ctypes.CDLL(None)
-    if not hasattr(system, "syscall"):
+    if sys.platform != "linux":
         return False
-    return system.syscall(*map(ctypes.c_long, (158, request, tile_data))) == 0
+    request, tile_data = 0x1023, 18  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (158, request, tile_data))) == 0
 
 
 AMX = host_has("amx-bf16") and host_has("amx-tile") and _allowed()

@@ -38,12 +38,29 @@ def decode_rows(weight, ids=None):
     return out
 
 
+def decode_parts(weight):
+    """A matrix (K, N) of integers, scales and zero points -> (N, K) or (K, N) as it is stored."""
+    ref, by_rows = weight.ref, weight.transposed
+    integers, scales, *zeros = (decode(part) for part in weight.parts)
+    values = np.ascontiguousarray(integers[: ref.shape[0]].T if by_rows else integers)
+    values = values.astype(np.float32)
+    for i in range(-(-ref.shape[0] // ref.block)):
+        where = slice(i * ref.block, (i + 1) * ref.block)
+        block = values.T[where] if by_rows else values[where]
+        for zero in zeros:
+            block -= zero[i % len(zero)].astype(np.float32)
+        block *= scales[i].astype(np.float32)
+    return values.astype(ref.dtype, copy=False)
+
+
 @op("Decode", domain="onnxstream_nb", native=("weight",), uses=USES)
 def decode(weight):
     """A weight -> its logical array: a view of plain elements, float32 of encoded ones."""
     if isinstance(weight, np.ndarray):
         return weight
-    if is_plain(weight):
+    if weight.ref.parts:
+        array = decode_parts(weight)
+    elif is_plain(weight):
         array = weight.stored()
     elif weight.encoding in ("float16", "bfloat16") and weight.buffer.nbytes <= SMALL_BYTES:
         array = weight.stored().astype(np.float32)  # not worth a kernel, nor compiling one

@@ -56,6 +56,10 @@ class WeightRef:
     `transposed`, the file holds the tensor with its last two axes swapped: a logical (K, N)
     matrix stored as N rows of K. An encoding "uint8" stands for (q - zero_point) * scale.
     `source` is a file, or the bytes themselves for a constant that exists only in memory.
+
+    The encodings "affine4" and "affine8" are a matrix (K, N) in `parts`, each with a place of its
+    own: integers (K or more, N), scales (B or 1, N or 1) and zero points of such a shape, where
+    there are any; `block` elements along K share a scale. `nbytes` is that of all parts.
     """
 
     name: str
@@ -68,6 +72,8 @@ class WeightRef:
     transposed: bool = False
     scale: float = 1.0
     zero_point: int = 0
+    parts: tuple[WeightRef, ...] = ()
+    block: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -79,6 +85,8 @@ class WeightRef:
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two references to the same stored bytes (tied weights are read once)."""
+        if self.parts:
+            return (self.encoding, self.block, *(part.key for part in self.parts))
         where = self.source if isinstance(self.source, Path) else id(self.source)
         return (where, self.offset, self.nbytes, self.encoding)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from .graph import WeightRef
-from .weights import DiskProvider, Weight, WeightsProvider
+from .weights import DiskProvider, Weight, WeightsProvider, encoded_bytes
 
 CHUNK_BYTES = 4_000_000  # read at a time: what is held twice
 ALIGNMENT = 64
@@ -32,10 +33,19 @@ class Packer(Protocol):
     def pack(self, ref: WeightRef, rows: np.ndarray[Any, Any], out: int, count: int) -> None:
         """Pack `count` stored rows, flat bytes, into the panels at address `out`."""
 
+    @property
+    def piece(self) -> int:
+        """A piece of a part begins with a multiple of so many stored rows."""
+
+    def pack_part(
+        self, ref: WeightRef, index: int, piece: Weight, out: int, first: int, count: int
+    ) -> None:
+        """Pack `count` stored rows of a part, from `first` on, into all panels at `out`."""
+
 
 def _size(ref: WeightRef, panel_bytes: int) -> int:
     """Bytes of all panels of a weight, up to the next one's alignment."""
-    panels = -(-ref.stored_shape[0] // 16)
+    panels = -(-ref.shape[1] // 16)
     return -(-panels * panel_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -70,6 +80,9 @@ class PackedProvider:
             done += size
 
     def _fill(self, weight: Weight, packer: Packer) -> None:
+        if weight.ref.parts:
+            self._fill_from_parts(weight, packer)
+            return
         ref, rows = weight.ref, weight.ref.stored_shape[0]
         row_bytes = ref.nbytes // rows
         step = max(1, CHUNK_BYTES // row_bytes // 16) * 16
@@ -77,6 +90,19 @@ class PackedProvider:
             count = min(step, rows - first)
             stored = self._disk.read(ref, first * row_bytes, (first + count) * row_bytes)
             packer.pack(ref, stored, weight.address + first // 16 * weight.row_bytes, count)
+
+    def _fill_from_parts(self, weight: Weight, packer: Packer) -> None:
+        for index, part in enumerate(weight.ref.parts):
+            rows, columns = part.stored_shape
+            step = max(1, CHUNK_BYTES * rows // part.nbytes // packer.piece) * packer.piece
+            for first in range(0, rows, step):
+                count = min(step, rows - first)
+                start, stop = (
+                    encoded_bytes(replace(part, shape=(n, columns))) for n in (first, first + count)
+                )
+                shape = (columns, count) if part.transposed else (count, columns)
+                piece = Weight(replace(part, shape=shape), self._disk.read(part, start, stop))
+                packer.pack_part(weight.ref, index, piece, weight.address, first, count)
 
     @property
     def bytes_read(self) -> int:

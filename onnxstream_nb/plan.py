@@ -49,7 +49,7 @@ class Plan:
 
     `packable` are the weights that no operator wants otherwise than as panels, if they have that
     form, `tables` those of which only rows are looked up; `kernels` are for weights as stored,
-    `panel_kernels` when those are packed.
+    `panel_kernels` when those are packed (a weight in parts is packed for every product else).
     """
 
     graph: Graph
@@ -97,7 +97,7 @@ def make_plan(
     tables = tuple(_read_as(graph, operators, "lookups").values())
     kernels = [
         tuple(dict.fromkeys(k for step in steps for k in _kernels(step, graph, packed, precision)))
-        for packed in (frozenset[str](), packable)
+        for packed in ({n for n, ref in packable.items() if ref.parts}, packable)
     ]
     return Plan(graph, steps, constants, weights, tuple(packable.values()), tables, *kernels)
 
@@ -185,7 +185,7 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
     names = []
     panels = {graph.initializers[name].key for name, _ in step.inputs if name in packed}
     for use in step.operator.uses:
-        template = use.replace("{precision}", "" if precision == "exact" else f"_{precision}")
+        template = use.replace("{precision}", precision)
         if "{" not in template:
             names.append(template)
             continue
@@ -195,9 +195,11 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
                 continue  # plain elements are read as they are
             by_rows = ref.transposed != bool(step.attributes.get("transB"))
             order = "panels" if ref.key in panels else "rows" if by_rows else "columns"
+            if ref.parts and order != "panels":
+                encoding, order = "float32", "columns"  # decoded
             names.append(template.format(encoding=encoding, order=order))
         if panels:
-            names += [f"pack_{ref.encoding}" for ref in step.weights if ref.key in panels]
+            names += [_pack_kernel(ref) for ref in step.weights if ref.key in panels]
             names.append("quantize_rows")
         if not step.weights:  # arrays are float32 in the order they come in
             names.append(template.format(encoding="float32", order="columns"))
@@ -205,6 +207,13 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
                and n in graph.initializers]  # fmt: skip
     names += [f"decode_{ref.encoding}" for ref in decoded if ref.encoding not in ("raw", ref.dtype)]
     return names
+
+
+def _pack_kernel(ref: WeightRef) -> str:
+    """What packs a weight: one in parts has its integers in either order."""
+    if not ref.parts:
+        return f"pack_{ref.encoding}"
+    return f"pack_{ref.encoding}_{'rows' if ref.transposed else 'columns'}"
 
 
 def describe(plan: Plan) -> str:

@@ -19,100 +19,14 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from .errors import ModelError, UnsupportedError
-from .graph import ENCODINGS, WeightRef
+from .errors import ModelError
+from .graph import WeightRef
+from .weight import Weight, encoded_bytes, numpy_dtype
 
-
-class Weight:
-    """A weight in memory, encoded as stored.
-
-    `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
-    `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array. A weight that was
-    packed holds its rows in panels of `row_bytes` (kernels/panels.py); of one that is left in its
-    file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty.
-    """
-
-    __slots__ = ("address", "buffer", "packed", "read_rows", "ref", "row_bytes")
-
-    def __init__(
-        self,
-        ref: WeightRef,
-        buffer: np.ndarray[Any, Any],
-        read_rows: Callable[[Iterable[int]], np.ndarray[Any, Any]] | None = None,
-    ) -> None:
-        self.ref = ref
-        self.buffer = buffer
-        self.read_rows = read_rows
-        self.address = int(buffer.ctypes.data)
-        rows = 1
-        for n in ref.stored_shape[:-1]:
-            rows *= n
-        self.row_bytes = ref.nbytes // rows if rows else 0
-        self.packed = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape, as the graph sees it."""
-        return self.ref.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The logical element type."""
-        return numpy_dtype(self.ref.dtype)
-
-    @property
-    def encoding(self) -> str:
-        """The storage's name; "float32", "float16" or "bfloat16" for plain elements."""
-        return self.ref.dtype if self.ref.encoding == "raw" else self.ref.encoding
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the stored form has the last two logical axes swapped."""
-        return self.ref.transposed
-
-    @property
-    def order(self) -> str:
-        """How a matrix (K, N) lies in memory: "rows" (N, K), "columns" (K, N) or "panels"."""
-        return "panels" if self.packed else "rows" if self.transposed else "columns"
-
-    @property
-    def scale(self) -> float:
-        """Of a uint8 encoding: value = (q - zero_point) * scale."""
-        return self.ref.scale
-
-    @property
-    def zero_point(self) -> int:
-        """Of a uint8 encoding: the q that stands for 0."""
-        return self.ref.zero_point
-
-    @property
-    def T(self) -> Weight:  # noqa: N802 - numpy's name
-        """The transposed matrix over the same bytes."""
-        from dataclasses import replace
-
-        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return Weight(replace(self.ref, shape=shape, transposed=not self.transposed), self.buffer)
-
-    def stored(self) -> np.ndarray[Any, Any]:
-        """The stored elements of a plain encoding as an array of `ref.stored_shape`."""
-        return self.buffer.view(numpy_dtype(self.encoding)).reshape(self.ref.stored_shape)
-
-
-def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy type of an element type's name; ml_dtypes gives those that NumPy lacks.
-
-    Raises UnsupportedError for what has no elements of one type, such as a sequence.
-    """
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
-
-        spelled = name.replace("float8", "float8_").replace("float4e2m1", "float4_e2m1fn")
-        known = getattr(ml_dtypes, spelled.replace("e8m0", "e8m0fnu"), None)
-        if known is None:
-            raise UnsupportedError(f"elements of type {name!r} are not supported") from None
-        return cast("np.dtype[Any]", np.dtype(known))
+__all__ = [
+    "BudgetProvider", "DiskProvider", "MmapProvider", "PrefetchProvider", "RamProvider", "Weight",
+    "WeightsProvider", "encoded_bytes", "numpy_dtype",
+]  # fmt: skip
 
 
 class WeightsProvider(Protocol):
@@ -185,6 +99,17 @@ def _in_memory(ref: WeightRef) -> np.ndarray[Any, Any]:
     return np.frombuffer(ref.source, np.uint8, ref.nbytes, ref.offset)
 
 
+def _joined(
+    ref: WeightRef, bytes_of: Callable[[WeightRef], np.ndarray[Any, Any]]
+) -> np.ndarray[Any, Any]:
+    """The bytes of a weight in parts, one part after the other: at most one is there twice."""
+    whole, done = np.empty(ref.nbytes, np.uint8), 0
+    for part in ref.parts:
+        whole[done : done + part.nbytes] = bytes_of(part)
+        done += part.nbytes
+    return whole
+
+
 class DiskProvider:
     """Reads a weight when it is asked for, and drops it when it is released."""
 
@@ -197,6 +122,8 @@ class DiskProvider:
 
     def read(self, ref: WeightRef, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Bytes `start` to `stop` of a reference, flat."""
+        if ref.parts:
+            return _joined(ref, lambda part: self.read(part, 0, part.nbytes))[start:stop]
         if isinstance(ref.source, bytes):
             return _in_memory(ref)[start:stop]
         self.bytes_read += stop - start
@@ -346,6 +273,8 @@ class MmapProvider:
         self._maps: dict[Path, np.ndarray[Any, Any]] = {}
 
     def get(self, ref: WeightRef) -> Weight:
+        if ref.parts:
+            return Weight(ref, _joined(ref, lambda part: self.get(part).buffer))
         if isinstance(ref.source, bytes):
             return Weight(ref, _in_memory(ref))
         # Reading a mapped page behind the end of a file kills the process: look before, every time.
@@ -437,14 +366,3 @@ class BudgetProvider:
     def close(self) -> None:
         self._ram.close()
         self._stream.close()
-
-
-def encoded_bytes(ref: WeightRef) -> int:
-    """How many bytes the reference's shape takes in its encoding."""
-    elements = 1
-    for n in ref.shape:
-        elements *= n
-    if ref.encoding == "raw":
-        return elements * numpy_dtype(ref.dtype).itemsize
-    encoding = ENCODINGS[ref.encoding]
-    return elements // encoding.block * encoding.nbytes

@@ -16,7 +16,8 @@ LEAVES = {"errors", "graph", "device", "progress"}
 
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
-    "loading": "session", "lowering": "session", "plan": "session",
+    "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
+    "packing": "session",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 
@@ -26,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
         "registry", "trace", "passes", "kvcache", PACKAGE,
     },
-    "measure": {"hub", "ui", "llm", "formats", "registry", PACKAGE},
+    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", PACKAGE},
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),
     "model": {"hub", "llm", "tokenizer", "sampling"},

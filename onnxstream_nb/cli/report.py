@@ -124,8 +124,11 @@ def operator_counts(graph: Graph) -> list[OperatorCount]:
 
 def encoding_totals(graph: Graph) -> list[EncodingTotal]:
     """Stored size of the weights by encoding, the largest first; tied weights count once."""
+    from ..passes import with_quantised_weights
+
+    refs = with_quantised_weights(graph).initializers.values()
     totals: dict[str, list[int]] = {}
-    for ref in {ref.key: ref for ref in graph.initializers.values()}.values():
+    for ref in {ref.key: ref for ref in refs}.values():
         name = ref.dtype if ref.encoding == "raw" else ref.encoding
         total = totals.setdefault(name, [0, 0, 0])
         for i, amount in enumerate((1, math.prod(ref.shape), ref.nbytes)):

@@ -10,7 +10,9 @@ broadcast (torch.export assumes the same): a size of 1 that is to be stretched h
 
 from __future__ import annotations
 
-from onnxstream_nb.graph import Graph
+from typing import NoReturn
+
+from onnxstream_nb.graph import Graph, WeightRef
 from onnxstream_nb.passes import (
     attention,
     common,
@@ -22,6 +24,7 @@ from onnxstream_nb.passes import (
     identity,
     layer_norm,
     past,
+    quantised,
     reshapes,
     rms_norm,
     rotary,
@@ -31,14 +34,17 @@ from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
 from onnxstream_nb.passes.last_logits import rewrite_last_logits
 
-__all__ = ["CachePair", "clean", "find_cache", "optimize", "rewrite_last_logits"]
+__all__ = [
+    "CachePair", "clean", "find_cache", "optimize", "rewrite_last_logits", "with_quantised_weights",
+]  # fmt: skip
 
 _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
-    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
+    quantised.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite,
+    heads.rewrite_rotary, attention.rewrite, grouped.rewrite, past.rewrite,
+    heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 
@@ -51,6 +57,15 @@ def clean(graph: Graph, read: Read) -> Graph:
         if graph is before:
             break
     return graph
+
+
+def with_quantised_weights(graph: Graph) -> Graph:
+    """The graph with every quantised matrix as one weight: to count what its weights are."""
+    return quantised.rewrite(graph, _unread)
+
+
+def _unread(ref: WeightRef) -> NoReturn:
+    raise AssertionError(f"{ref.name}: no weight is read to say how it is stored")
 
 
 def optimize(graph: Graph, read: Read) -> Graph:

@@ -1,0 +1,222 @@
+"""Filling the panels of quantised matrices (affine.py), a part of the matrix at a time.
+
+Dims: a matrix (K, N), stored by rows (N, K) or by columns (K, N) as MatMul's factor is exported; B
+scales along K. A piece of a part is `count` of its stored rows, from row `first` on, which is a
+multiple of PIECE.
+"""
+
+import ctypes
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from ..registry import kernels
+from .affine import HEAD, geometry
+from .jit import arg, inline, jit, kernel, share
+from .quads import (
+    byte_words, nibble_words, peek_i32, poke_i32, store_words, with_upper_words,
+)  # fmt: skip
+from .threads import team
+from .vector import peek_u8
+
+PIECE = 64  # rows of 4-bit elements begin with a byte, groups and panels are whole
+LEAST = {"int4": 8, "uint4": 0, "int8": 128, "uint8": 0}
+"""What makes stored integers unsigned when it is added."""
+
+
+@inline
+def place(panel, g, shift, unit_bytes, group_bytes):
+    """The address of group g's quads."""
+    unit = g >> shift
+    return panel + HEAD + unit_bytes * unit + 64 + group_bytes * (g - (unit << shift))
+
+
+@inline
+def spread(word):
+    """Eight nibbles of 32 bits -> a byte each."""
+    x = word & 0xFFFFFFFF
+    x = (x | (x << 16)) & 0x0000FFFF0000FFFF
+    x = (x | (x << 8)) & 0x00FF00FF00FF00FF
+    return (x | (x << 4)) & 0x0F0F0F0F0F0F0F0F
+
+
+@jit
+def row_group8(row, g, flip, out):
+    """Group g of a row of bytes -> its lane of quads at out."""
+    for j in range(8):
+        poke_i32(out + 64 * j, peek_i32(row + 32 * g + 4 * j) ^ flip)
+
+
+@jit
+def row_group4(row, g, flip, out):
+    """Group g of a row of nibbles -> its lane: byte j holds elements j and 16 + j."""
+    for j in range(2):
+        low, high = peek_i32(row + 16 * g + 4 * j), peek_i32(row + 16 * g + 8 + 4 * j)
+        first, second = spread(low), spread(high)
+        for half in range(2):
+            word = (first >> (32 * half) & 0xFFFFFFFF) | (second >> (32 * half) & 0xFFFFFFFF) << 4
+            poke_i32(out + 128 * j + 64 * half, word ^ flip)
+
+
+@jit
+def column_group8(source, k, n, i, lanes, flip, out):
+    """Rows k .. k + 31 of bytes (K, N), columns from i on -> quads at out."""
+    for j in range(8):
+        p = source + (k + 4 * j) * n + i
+        if lanes == 16:
+            store_words(out + 64 * j, byte_words(p, n), flip)
+        else:
+            for lane in range(lanes):
+                word = 0
+                for b in range(4):
+                    word |= peek_u8(p + n * b + lane) << (8 * b)
+                poke_i32(out + 64 * j + 4 * lane, word ^ flip)
+
+
+@inline
+def nibble(source, i):
+    """Element i of packed nibbles, the lower one of a byte first."""
+    return (peek_u8(source + (i >> 1)) >> (4 * (i & 1))) & 15
+
+
+@jit
+def column_group4(source, k, n, i, lanes, flip, out):
+    """Rows k .. k + 31 of nibbles (K, N), columns from i on -> split quads at out."""
+    for j in range(4):
+        first = (k + 4 * j) * n + i
+        if lanes == 16 and n & 1 == 0:
+            low = nibble_words(source + (first >> 1), n >> 1)
+            high = nibble_words(source + ((first + 16 * n) >> 1), n >> 1)
+            store_words(out + 64 * j, with_upper_words(low, high), flip)
+        else:
+            for lane in range(lanes):
+                word = 0
+                for b in range(4):
+                    at = first + n * b + lane
+                    both = nibble(source, at) | nibble(source, at + 16 * n) << 4
+                    word |= both << (8 * b)
+                poke_i32(out + 64 * j + 4 * lane, word ^ flip)
+
+
+@kernel
+def pack_affine8_rows(args, thread, threads):
+    """Bytes (N, K) -> panels. args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a
+    unit, N, K / 32."""
+    source, stride, flip, panels, step = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4),
+    )  # fmt: skip
+    shift, unit_bytes, n, groups = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    start, stop = share(n, 16, thread, threads)
+    for i in range(start, stop):
+        panel, lane = panels + step * (i >> 4), i & 15
+        for g in range(groups):
+            out = place(panel, g, shift, unit_bytes, 512) + 4 * lane
+            row_group8(source + stride * i, g, flip, out)
+
+
+@kernel
+def pack_affine4_rows(args, thread, threads):
+    """Nibbles (N, K) -> panels. args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a
+    unit, N, K / 32."""
+    source, stride, flip, panels, step = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4),
+    )  # fmt: skip
+    shift, unit_bytes, n, groups = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    start, stop = share(n, 16, thread, threads)
+    for i in range(start, stop):
+        panel, lane = panels + step * (i >> 4), i & 15
+        for g in range(groups):
+            out = place(panel, g, shift, unit_bytes, 256) + 4 * lane
+            row_group4(source + stride * i, g, flip, out)
+
+
+@kernel
+def pack_affine8_columns(args, thread, threads):
+    """Bytes (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
+    unit, N, its first group, its groups."""
+    source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
+    first, groups = arg(args, 7), arg(args, 8)
+    start, stop = share(n, 16, thread, threads)
+    for i in range(start, stop, 16):
+        panel = panels + step * (i >> 4)
+        for g in range(groups):
+            out = place(panel, first + g, shift, unit_bytes, 512)
+            column_group8(source, 32 * g, n, i, min(16, stop - i), flip, out)
+
+
+@kernel
+def pack_affine4_columns(args, thread, threads):
+    """Nibbles (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
+    unit, N, its first group, its groups."""
+    source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
+    first, groups = arg(args, 7), arg(args, 8)
+    start, stop = share(n, 16, thread, threads)
+    for i in range(start, stop, 16):
+        panel = panels + step * (i >> 4)
+        for g in range(groups):
+            out = place(panel, first + g, shift, unit_bytes, 256)
+            column_group4(source, 32 * g, n, i, min(16, stop - i), flip, out)
+
+
+def pack_integers(ref, piece, out, first, count):
+    """A piece of the integers, flat bytes -> the panels at address `out`."""
+    cut, (k, n), part = geometry(ref), ref.shape, ref.parts[0]
+    flip, where = LEAST[part.dtype], piece.ctypes.data
+    bits = 4 if ref.encoding == "affine4" else 8
+    flip *= 0x11111111 if bits == 4 else 0x01010101
+    head = flip, out, cut.nbytes, cut.shift, cut.unit_bytes
+    order = "rows" if part.transposed else "columns"
+    kernel = kernels()[f"pack_{ref.encoding}_{order}"]
+    if part.transposed:
+        stride = part.shape[0] * bits // 8
+        panels = (flip, out + cut.nbytes * (first // 16), *head[2:])
+        team().run([(kernel, where, stride, *panels, count, k // 32)])
+    else:
+        groups = (min(first + count, k) - first) // 32
+        team().run([(kernel, where, *head, n, first // 32, groups)])
+
+
+def pack_values(ref, index, piece, out, first):
+    """A piece of the scales or the zero points, as stored (rows, ...) -> the panels at `out`.
+
+    What is one for all rows or all blocks is written for each of them.
+    """
+    cut, n, part = geometry(ref), ref.shape[1], ref.parts[index]
+    values = piece.T if part.transposed else piece
+    at, above = (0, first) if part.transposed else (first, 0)
+    values = values[: cut.units - at]
+    units = cut.units if part.shape[0] == 1 else len(values)
+    columns = n if part.shape[1] == 1 else values.shape[1]
+    panels = -(-columns // 16)
+    lanes = np.zeros((units, 16 * panels), np.float32)
+    lanes[:, :columns] = values
+    if index == 1:
+        place, kind, step = HEAD, np.float32, cut.unit_bytes
+    else:
+        place, kind, step = cut.zeros, np.uint8, 16
+        lanes += LEAST[part.dtype]
+    every = view(out, kind, -(-n // 16), cut, place, step)
+    every[above // 16 : above // 16 + panels, at : at + units] = lanes.reshape(
+        units, panels, 16
+    ).transpose(1, 0, 2)
+
+
+def pack_heads(ref, out):
+    """The geometry into every panel, and the zero points of integers that have none of their own:
+    signed ones are above -8 or -128."""
+    cut, panels = geometry(ref), -(-ref.shape[1] // 16)
+    head = view(out, np.int32, panels, cut, 0, 64)[:, 0]
+    head[:, :3] = cut.shift, cut.unit_bytes, cut.zeros
+    view(out, np.uint8, panels, cut, cut.zeros, 16)[:] = LEAST[ref.parts[0].dtype]
+
+
+def view(out, kind, panels, cut, start, step):
+    """Panels at an address: (panels, units, 16) elements, from byte `start` of each, the units
+    `step` bytes apart."""
+    memory = (ctypes.c_uint8 * (panels * cut.nbytes)).from_address(out)
+    flat = np.frombuffer(memory, np.uint8)[start:]
+    size = np.dtype(kind).itemsize
+    elements = flat[: flat.size // size * size].view(kind)
+    return as_strided(elements, (panels, cut.units, 16), (cut.nbytes, step, size))
