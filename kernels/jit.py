@@ -49,6 +49,8 @@ def _imports(path):
     """The bytes of a kernel file, and the kernel files beside it that it imports."""
     source = path.read_bytes()
     names = re.findall(rb"^from \.(\w+) import", source, re.MULTILINE)
+    for line in re.findall(rb"^from \. import (.+)$", source, re.MULTILINE):
+        names += [name.split()[0] for name in line.split(b",")]
     return source, tuple(sorted({path.parent / f"{n.decode()}.py" for n in names}))
 
 

@@ -18,7 +18,6 @@ from .simd import (
 TILE_COLUMNS = 32
 # 2 vectors a row: as many rows as accumulators fit beside two vectors of B and one of A.
 TILE_ROWS = 12 if host_has("avx512f") else 3
-FEW_ROWS = 4 if host_has("avx512f") else 3
 
 
 def _twin(rows):
@@ -61,4 +60,3 @@ def _define(rows):
 
 
 tile_many = _define(TILE_ROWS)
-tile_few = _define(FEW_ROWS)

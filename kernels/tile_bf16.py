@@ -113,7 +113,8 @@ def _twin(rows):
         pairs = widen_bfloat(read_memory(right, np.uint16, k * COLUMNS)).reshape(-1, COLUMNS, 2)
         columns = pairs.transpose(0, 2, 1).reshape(k, COLUMNS)
         sums = read_memory(out, np.float32, rows * COLUMNS).reshape(rows, COLUMNS)
-        write_memory(out, np.float32(sums + left @ columns))
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite stays so
+            write_memory(out, np.float32(sums + left @ columns))
 
     return tile
 

@@ -74,7 +74,8 @@ class Session:
     work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
     as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
     cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
-    encodings with 15-bit activations), "fast" in bfloat16 where the processor has it; `device` is
+    encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
+    "fast" in bfloat16 where the processor has it; `device` is
     "cpu". `optimize=False` runs the graph as it stands. `progress(text,
     fraction)` is told what takes long, above all the first compilation of kernels.
 

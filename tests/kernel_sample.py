@@ -12,6 +12,8 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import kernel_oracles as oracles  # noqa: E402
+import panel_oracles  # noqa: E402
+import quantised_models as quantised  # noqa: E402
 
 from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
 from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
@@ -51,6 +53,35 @@ def products(orders: tuple[tuple[str, bool], ...]) -> None:
                 oracles.assert_product(matmul(x, weight), x, dense, encoding)
 
 
+def panels(encodings: tuple[str, ...]) -> None:
+    """Directly, whether or not this target profits by them."""
+    for encoding in encodings:
+        k = 256 if "_k" in encoding else 96
+        weight, dense = panel_oracles.random_packed(encoding, k, 19, RNG)
+        for m in (1, 3):
+            x = normal(m, k)
+            y = matmul(x, weight)
+            oracles.assert_product(y, x, dense.values.T, packed=True)
+            panel_oracles.assert_integer_product(y, x, dense)
+
+
+PARTS = (
+    quantised.dequantised("int4", 96, 35, 32, zeros=True),
+    quantised.dequantised("uint4", 64, 32, 64),
+    quantised.dequantised("uint4", 64, 19, 64, turned=True),
+    quantised.dequantised("int8", 96, 35, per="row"),
+    quantised.nbits(8, 64, 5, 32),
+)
+
+
+def parts(samples: tuple[quantised.Quantised, ...]) -> None:
+    for found in samples:
+        for m in (1, 3):
+            x = normal(m, found.k)
+            y = matmul(x, quantised.weight_of(found))
+            oracles.assert_product(y, x, found.dense, packed=True)
+
+
 def attention(head_sizes: tuple[int, ...]) -> None:
     for size in head_sizes:
         q, k, v = normal(1, 3, 5, size), normal(1, 1, 5, size), normal(1, 1, 5, size)
@@ -82,6 +113,8 @@ def rope() -> None:
 
 FEW: dict[str, Callable[[], None]] = {
     "products": lambda: products((("float16", True), ("q4_0", True))),
+    "panels": lambda: panels(("q4_1", "q6_k")),
+    "parts": lambda: parts(PARTS[:1]),
     "attention": lambda: attention((33,)),
 }
 ALL: dict[str, Callable[[], None]] = {
@@ -89,6 +122,8 @@ ALL: dict[str, Callable[[], None]] = {
     "products": lambda: products(
         (("float16", True), ("q4_0", True), ("bfloat16", False), ("uint8", False))
     ),
+    "panels": lambda: panels(oracles.BLOCKED),
+    "parts": lambda: parts(PARTS),
     "attention": lambda: attention((16, 33)),
     "norms": norms,
     "rope": rope,

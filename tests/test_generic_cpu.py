@@ -26,6 +26,30 @@ TARGETS = {
     "x86-64": ["+sse2"],
 }
 
+UNPACKED = """
+import sys
+sys.path[:0] = ["tests"]
+import numpy as np
+from kernel_oracles import assert_product
+from packing_models import one_product
+from onnxstream_nb.kernels.quads import SUPPORTED
+from onnxstream_nb.registry import kernels
+from onnxstream_nb.session import Session
+for name, kernel in kernels().items():
+    if name.startswith(("gemm_fast_", "attention_fast")):
+        assert kernel is kernels()[name.replace("_fast", "_exact")], name
+        assert "bf16" not in kernel.name and "split" not in kernel.name
+graph, dense = one_product("q4_0", 96, 21)
+for precision in ("exact", "fast"):
+    with Session(graph, load="ram", precision=precision) as session:
+        print(SUPPORTED, type(session.provider).__name__)
+        print(session.provider.get(graph.initializers["w"]).order)
+        for m in (1, 3):
+            x = np.random.default_rng(1).standard_normal((m, 96), np.float32)
+            assert_product(session.run({"x": x})["y"], x, dense)
+        print("near")
+"""
+
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="the targets are x86-64's"
 )
@@ -48,7 +72,8 @@ def compiled_for(name: str, cache: Path, *command: str) -> str:
 @pytest.mark.parametrize("name", ["x86-64-v3", "x86-64"])
 def test_products_and_attention(name: str, tmp_path: Path) -> None:
     out = compiled_for(name, tmp_path, str(HERE / "kernel_sample.py"), "few")
-    assert out.splitlines() == ["products 1", "attention 1", "products 2", "attention 2"]
+    names = ("products", "panels", "parts", "attention")
+    assert out.splitlines() == [f"{name} {threads}" for threads in (1, 2) for name in names]
 
 
 @pytest.mark.parametrize("name", ["haswell", "x86-64"])
@@ -56,3 +81,15 @@ def test_primitives(name: str, tmp_path: Path) -> None:
     pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_vector.py"))
     out = compiled_for(name, tmp_path, *pytest_run)
     assert " passed" in out and "failed" not in out
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "x86-64"])
+def test_quads_without_the_instruction(name: str, tmp_path: Path) -> None:
+    pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_quads.py"))
+    out = compiled_for(name, tmp_path, *pytest_run)
+    assert " passed" in out and "failed" not in out
+
+
+def test_nothing_is_packed_or_rounded_without_the_instructions(tmp_path: Path) -> None:
+    out = compiled_for("x86-64-v3", tmp_path, "-c", UNPACKED)
+    assert out.split() == 2 * ["False", "RamProvider", "rows", "near"]

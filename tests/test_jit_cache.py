@@ -246,7 +246,8 @@ print(json.dumps([before, told, after]))
 
 LOADED = [
     "rms_norm", "layer_norm", "rotary", "gemm_pack", "cache_append", "team_lead", "team_member",
-    "attention", "decode_q8_0", "decode_float16", "gemv_rows_q8_0", "gemm_rows_q8_0",
+    "attention_exact", "decode_q8_0", "decode_float16", "gemv_rows_q8_0", "gemm_rows_q8_0",
+    "gemv_panels_q8_0", "gemm_panels_q8_0", "pack_q8_0", "quantize_rows",
 ]  # fmt: skip
 LOAD_AT_ONCE = """
 import sys, threading
@@ -282,7 +283,7 @@ def progress(text, done):
             os.kill(os.getpid(), signal.SIGINT)
         threading.Timer({delay}, press).start()
 try:
-    prepare(["gemv_rows_q4_k", "gemm_rows_q4_k", "attention", "gemv_rows_q6_k"], 2, progress)
+    prepare(["gemv_rows_q4_k", "gemm_rows_q4_k", "attention_exact", "gemv_rows_q6_k"], 2, progress)
 except KeyboardInterrupt:
     latency = time.monotonic() - begun[0]
 else:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 
 
@@ -20,11 +22,12 @@ def uncompiled(*command: str) -> str:
 
 
 def test_a_sample_of_the_kernels() -> None:
-    names = ("quant", "products", "attention", "norms", "rope")
+    names = ("quant", "products", "panels", "parts", "attention", "norms", "rope")
     wanted = [f"{name} {threads}" for threads in (1, 2) for name in names]
     assert uncompiled(str(HERE / "kernel_sample.py")).splitlines() == wanted
 
 
-def test_the_twins_of_the_primitives() -> None:
-    out = uncompiled("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_vector.py"))
+@pytest.mark.parametrize("file", ["test_vector.py", "test_quads.py", "test_bf16.py"])
+def test_the_twins_of_the_primitives(file: str) -> None:
+    out = uncompiled("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file))
     assert " passed" in out and "failed" not in out

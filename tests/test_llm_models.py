@@ -93,6 +93,7 @@ def test_nothing_is_opened_for_a_graph_that_cannot_be_fed(
 _TRUNCATED = """
 import os, sys
 from onnxstream_nb.errors import ModelError
+from onnxstream_nb.llm import LanguageModel
 
 model = LanguageModel(sys.argv[1], load=sys.argv[2], threads=1)
 for token in (3, 1, 4, 1, 5):

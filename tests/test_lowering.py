@@ -21,6 +21,7 @@ from onnxstream_nb.formats import load_bytes
 from onnxstream_nb.graph import Graph
 from onnxstream_nb.kernels import arithmetic, elementwise, softmax
 from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.packing import PackedProvider
 
 IDS = [3, 17, 5, 40, 2, 9, 11]
 
@@ -64,6 +65,23 @@ def test_replayed_tokens_equal_plain_ones_while_the_cache_grows(path: Path, thre
         same(mine, reference)
     assert fast.session._replay is not None
     assert slow.session._replay is None
+
+
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_1"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_replayed_products_with_packed_weights_equal_plain_ones(
+    encoding: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panels_pay: None
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, Tiny(tied=True), encoding)
+    fast, slow = (LanguageModel(file, load="ram", threads=threads) for _ in range(2))
+    monkeypatch.setattr(slow.session, "_replayed", lambda *_: None)
+    assert isinstance(fast.session.provider, PackedProvider)
+    for mine, reference in zip(tokens(fast, 40), tokens(slow, 40), strict=True):
+        same(mine, reference)
+    assert fast.session._replay is not None and slow.session._replay is None
+    for model in (fast, slow):
+        model.close()
 
 
 def test_replay_goes_on_after_rewinding_and_after_a_longer_pass(path: Path) -> None:

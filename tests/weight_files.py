@@ -76,13 +76,14 @@ class Reads:
         self.gate.set()
         original = weights._Files.read
 
-        def read(files: Any, ref: WeightRef) -> Any:
+        def read(files: Any, ref: WeightRef, start: int = 0, stop: int | None = None) -> Any:
             self.begun += 1
             assert self.gate.wait(WAIT)
-            self.alive += ref.nbytes
+            size = (ref.nbytes if stop is None else stop) - start
+            self.alive += size
             self.most = max(self.most, self.alive)
-            buffer = original(files, ref)
-            weakref.finalize(buffer, self._gone, ref.nbytes)
+            buffer = original(files, ref, start, stop)
+            weakref.finalize(buffer, self._gone, size)
             self.names.append(ref.name)
             return buffer
 

@@ -84,20 +84,23 @@ def _dequantised(rewriter: Rewriter, value: str, turned: bool) -> WeightRef | No
     integers, *others = (part for part in parts if part is not None)
     if len(others) != len(found) - 1:
         return None
-    k = integers.shape[0]
+    k, n = integers.shape
     blocks = others[0].shape[0]
     block = k if blocks == 1 else int(node.attributes.get("block_size", 0))
-    if blocks > 1 and (not block or blocks != -(-k // block)):
+    if not k * n * block or blocks != -(-k // block):
         return None
-    return _in_parts(value, (k, integers.shape[1]), block, (integers, *others))
+    if any(part.shape != others[0].shape or part.shape[1] not in (1, n) for part in others):
+        return None
+    return _in_parts(value, (k, n), block, (integers, *others))
 
 
 def _is_matrix(node: Node, parts: list[WeightRef]) -> bool:
     """Whether a DequantizeLinear makes a matrix of integers into floats of its scales' type."""
-    integers, scales = parts[:2]
+    integers, scales, *zeros = parts
     wanted = node.attributes.get("output_dtype", 0)
     return (
         integers.dtype in _BITS
+        and all(zero.dtype == integers.dtype for zero in zeros)
         and len(integers.shape) == 2
         and scales.dtype in _SCALES
         and (not wanted or DTYPES[wanted] == scales.dtype)
