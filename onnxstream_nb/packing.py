@@ -65,6 +65,8 @@ class PackedProvider:
     ) -> None:
         self.others = others
         self._disk = DiskProvider()
+        self._announced: Sequence[WeightRef] = ()
+        self._left: list[WeightRef] = []
         self._weights: dict[object, Weight] = {}
         wanted = {ref.matrix: (ref, packer.panel_bytes(ref)) for ref in refs}
         keys = {ref.key for ref, _ in wanted.values()}
@@ -128,8 +130,11 @@ class PackedProvider:
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """For the other provider: panels are in memory."""
-        mine = self._tables | self._weights.keys()
-        self.others.prefetch([r for r in refs if r.matrix not in mine])
+        if refs is not self._announced:  # the same for every token: looked through once
+            mine = self._tables | self._weights.keys()
+            self._announced = refs
+            self._left = [r for r in refs if r.matrix not in mine]
+        self.others.prefetch(self._left)
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: all is kept."""
