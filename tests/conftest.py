@@ -9,10 +9,12 @@ import pytest
 
 @pytest.fixture
 def one_thread_afterwards() -> Iterator[None]:
-    """For tests that choose how many threads the kernels use, or their precision."""
-    yield
+    """For tests that choose how many threads the kernels use, or their precision: an earlier
+    session's may still be set."""
     from onnxstream_nb.kernels.threads import set_precision, set_threads
 
+    set_precision("exact")
+    yield
     set_threads(1)
     set_precision("exact")
 
