@@ -266,7 +266,7 @@ def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(slot, "address") for slot in slots):
+    if not slots or not all(hasattr(type(slot), "address") for slot in slots):
         return False
     total = slots[0].length + 1  # what an attention mask covers
     return all(f.size in (1, total) for f in arrays)
