@@ -98,36 +98,33 @@ def column_group4(source, k, n, i, lanes, flip, out):
                 poke_i32(out + 64 * j + 4 * lane, word ^ flip)
 
 
-@kernel
-def pack_affine8_rows(args, thread, threads):
-    """Bytes (N, K) -> panels. args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a
-    unit, N, K / 32."""
+@jit
+def pack_rows(by_nibbles, args, thread, threads):
+    """args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a unit, N, K / 32."""
     source, stride, flip, panels, step = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4),
     )  # fmt: skip
     shift, unit_bytes, n, groups = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
     start, stop = share(n, 16, thread, threads)
     for i in range(start, stop):
-        panel, lane = panels + step * (i >> 4), i & 15
+        panel, row, lane = panels + step * (i >> 4), source + stride * i, 4 * (i & 15)
         for g in range(groups):
-            out = place(panel, g, shift, unit_bytes, 512) + 4 * lane
-            row_group8(source + stride * i, g, flip, out)
+            if by_nibbles:
+                row_group4(row, g, flip, place(panel, g, shift, unit_bytes, 256) + lane)
+            else:
+                row_group8(row, g, flip, place(panel, g, shift, unit_bytes, 512) + lane)
+
+
+@kernel
+def pack_affine8_rows(args, thread, threads):
+    """Bytes (N, K) -> panels."""
+    pack_rows(False, args, thread, threads)
 
 
 @kernel
 def pack_affine4_rows(args, thread, threads):
-    """Nibbles (N, K) -> panels. args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a
-    unit, N, K / 32."""
-    source, stride, flip, panels, step = (
-        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4),
-    )  # fmt: skip
-    shift, unit_bytes, n, groups = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
-    start, stop = share(n, 16, thread, threads)
-    for i in range(start, stop):
-        panel, lane = panels + step * (i >> 4), i & 15
-        for g in range(groups):
-            out = place(panel, g, shift, unit_bytes, 256) + 4 * lane
-            row_group4(source + stride * i, g, flip, out)
+    """Nibbles (N, K) -> panels."""
+    pack_rows(True, args, thread, threads)
 
 
 @kernel
