@@ -14,6 +14,9 @@ import numpy as np
 from ..registry import op
 from .threads import COLUMNS, SERIAL_ROW, fill_table, team
 
+FEW_ROWS = 8
+"""So many rows at most are computed as so many tokens one by one would be, to the last bit."""
+
 
 @dataclass(slots=True)
 class Rows:
@@ -31,7 +34,7 @@ class Rows:
 
     def run(self):
         """Run the calls now; the outputs, alone when there is one."""
-        team().run(self.calls)
+        team().run(self.calls, self.serial)
         return self.outputs[0] if len(self.outputs) == 1 else self.outputs
 
 

@@ -111,6 +111,32 @@ class KVSlot:
         return filled.astype(dtype or self.dtype)
 
 
+class SlotGroup:
+    """The slots of several sequences whose tokens lie side by side in one run, fed as one past.
+
+    `parts` are (slot, how many of the run's tokens are its own), in order. Only Attention without
+    a mask understands it.
+    """
+
+    def __init__(self, parts: Sequence[tuple[KVSlot, int]]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of all pasts together: (1, KV, positions, D)."""
+        first = self.parts[0][0]
+        return (1, first.heads, sum(slot.length for slot, _ in self.parts), first.size)
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in each slot; what is there stays."""
+        for slot, _ in self.parts:
+            slot.reserve(length)
+
+    def advanced(self, length: int) -> SlotGroup:
+        """The same memory: what a present is not asked for."""
+        return self
+
+
 class ArraySlot:
     """A past input of a graph that was not rewritten: a growing array along one axis."""
 
