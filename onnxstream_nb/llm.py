@@ -6,7 +6,7 @@ Dims: T tokens of one sequence, V vocabulary, positions 0 .. context - 1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from . import passes
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import prompt_chunk, prompt_precision
+from .loading import logit_chunk, prompt_chunk, prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -32,8 +32,8 @@ class LanguageModel:
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
     budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see KVSlot. With `all_logits` the head is
-    computed for every position, for `logits`. One caller at a time.
+    keeps keys and values in 8 bits instead of 16: see KVSlot. `logit_chunk` is how many positions
+    `logits` computes at a time; `passes` counts passes over the weights. One caller at a time.
     """
 
     def __init__(
@@ -47,14 +47,12 @@ class LanguageModel:
         precision: str = "auto",
         kv_cache: str = "f16",
         device: str = "cpu",
-        all_logits: bool = False,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
             progress("reading the model", None)
         graph = passes.optimize(load_graph(model), decode_constant)
-        self.all_logits = all_logits
-        self.graph = graph if all_logits else passes.rewrite_last_logits(graph)
+        self.graph = passes.rewrite_logit_rows(graph)
         pairs = passes.find_cache(self.graph)
         if not pairs:
             raise UnsupportedError(
@@ -62,7 +60,7 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.chunk = prompt_chunk(self.graph)
+        self.chunk, self.logit_chunk = prompt_chunk(self.graph), logit_chunk(self.graph)
         self._cache = KVCache(self.graph, pairs, kv_cache)
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
@@ -70,11 +68,12 @@ class LanguageModel:
             for p in pairs
             if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
         }
-        self._inputs = [v for v in graph.inputs if v.name not in self._cache.slots]
+        self._inputs = [v for v in self.graph.inputs if v.name not in self._cache.slots]
         presents = {p.present_output for p in pairs}
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
+        self.passes = 0
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         self.session = Session(
@@ -108,20 +107,19 @@ class LanguageModel:
         Raises UsageError when they do not fit the context, Interrupted when `stop` is set
         meanwhile; `tokens` then says how far it came.
         """
-        for logits in self._passes(ids, stop):
-            last = logits[-1]
-        return cast(Logits, last)
+        for chunk in self._chunks(ids, self.chunk):
+            logits = self._pass(chunk, [-1], stop)
+        return cast(Logits, logits[-1])
 
     def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (T, V) float32 that follow each of them.
 
-        For a model opened with `all_logits`. Raises as `feed`, and UnsupportedError when the graph
-        gives the logits of its last position only.
+        Raises as `feed`, and UnsupportedError when the graph has the logits of its last position
+        only.
         """
-        if not self.all_logits:
-            raise UsageError("logits of every position need a model opened with all_logits=True")
-        chunks = list(self._passes(ids, stop))
-        logits = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        chunks = self._chunks(ids, min(self.chunk, self.logit_chunk))
+        parts = [self._pass(chunk, range(-len(chunk), 0), stop) for chunk in chunks]
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if len(logits) != len(ids):
             raise UnsupportedError(
                 f"{self.graph.name or 'the graph'} gives logits of {len(logits)} of {len(ids)} "
@@ -129,8 +127,8 @@ class LanguageModel:
             )
         return logits
 
-    def _passes(self, ids: Sequence[int], stop: threading.Event | None) -> Iterator[Logits]:
-        """The logits of each chunk of `ids`, all positions that the graph gives."""
+    def _chunks(self, ids: Sequence[int], size: int) -> list[list[int]]:
+        """`ids` in pieces of `size`, after a look at whether they fit."""
         if len(ids) == 0:
             raise UsageError("feed needs at least one id")
         if len(self.tokens) + len(ids) > self.context:
@@ -138,17 +136,20 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
-        for start in range(0, len(ids), self.chunk):
-            yield self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
+        whole = [int(i) for i in ids]
+        return [whole[start : start + size] for start in range(0, len(whole), size)]
 
-    def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:
+    def _pass(self, ids: list[int], rows: Sequence[int], stop: threading.Event | None) -> Logits:
+        """The logits after the ids at `rows` of one chunk, which count from its end (-1 is the
+        last); those of all positions where the graph does not let them be picked."""
         past = len(self.tokens)
         feeds: dict[str, Any] = dict(self._cache.slots)
         for value in self._inputs:
-            feeds[value.name] = _feed(value, ids, past)
+            feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
         result = self.session.run(feeds, wanted, stop=stop)
         self.tokens += ids
+        self.passes += 1
         for slot, present in self._carried.items():
             slot.append(np.split(result[present], [past], slot.axis)[1])
         self._cache.length = len(self.tokens)
@@ -180,7 +181,7 @@ def _context(graph: Graph, wanted: int | None) -> int:
     return wanted
 
 
-_KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", passes.LOGIT_ROWS)
 
 
 def _check_inputs(inputs: Sequence[Value]) -> None:
@@ -192,7 +193,7 @@ def _check_inputs(inputs: Sequence[Value]) -> None:
             )
 
 
-def _feed(value: Value, ids: list[int], past: int) -> Any:
+def _feed(value: Value, ids: list[int], past: int, rows: Sequence[int]) -> Any:
     dtype = np.dtype(value.dtype)
     if value.name == "input_ids":
         return np.array([ids], dtype)
@@ -200,4 +201,6 @@ def _feed(value: Value, ids: list[int], past: int) -> Any:
         return np.arange(past, past + len(ids), dtype=dtype)[None]
     if value.name == "attention_mask":
         return np.ones((1, past + len(ids)), dtype)
+    if value.name == passes.LOGIT_ROWS:
+        return np.array(rows, dtype)
     raise ShapeError(f"no feed for input {value.name}")

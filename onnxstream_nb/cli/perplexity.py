@@ -82,7 +82,7 @@ def measure(text: str, options: Mapping[str, Any], report: Report) -> dict[str, 
             stack.enter_context(closing(reader.llm))
             _check_ids(reader, cuts)
             readers.append(reader)
-        chunks = [reader.llm.chunk for reader in readers]
+        chunks = [min(reader.llm.chunk, reader.llm.logit_chunk) for reader in readers]
         batch = min([*chunks, options["batch"] or chunks[0]])
         divergence = read_windows(cuts, readers, batch, report)
     return document(options, cuts, readers, divergence)
@@ -124,7 +124,7 @@ def open_reader(
     try:
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
-            precision=precision, kv_cache=options["kv_cache"], all_logits=True, progress=report,
+            precision=precision, kv_cache=options["kv_cache"], progress=report,
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:
