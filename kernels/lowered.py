@@ -72,3 +72,9 @@ class Table:
 def table(parts):
     """A table of lowered operators."""
     return Table(parts)
+
+
+@op("FewRows", domain="onnxstream_nb")
+def few_rows():
+    """How many rows at most are computed as if each were alone."""
+    return FEW_ROWS

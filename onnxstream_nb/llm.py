@@ -30,7 +30,8 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
+    budget for the whole process, the memory of `sequences` full contexts is set aside: of this
+    one's, and of `new_cache`s. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
     keeps keys and values in 8 bits instead of 16: see KVSlot. `logit_chunk` is how many positions
     `logits` computes at a time; `passes` counts passes over the weights. One caller at a time.
@@ -47,6 +48,7 @@ class LanguageModel:
         precision: str = "auto",
         kv_cache: str = "f16",
         device: str = "cpu",
+        sequences: int = 1,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
@@ -61,7 +63,8 @@ class LanguageModel:
             )
         self.context = _context(graph, context)
         self.chunk, self.logit_chunk = prompt_chunk(self.graph), logit_chunk(self.graph)
-        self._cache = KVCache(self.graph, pairs, kv_cache)
+        self.pairs, self.kv_cache = pairs, kv_cache
+        self._cache = self.new_cache()
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
             slot: p.present_output
@@ -76,10 +79,10 @@ class LanguageModel:
         self.passes = 0
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        self.reserved_bytes = sequences * self.cache_bytes_at(positions)
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
-            progress=progress,
+            device=device, optimize=False, reserve=self.reserved_bytes, progress=progress,
         )  # fmt: skip
 
     @property
@@ -100,6 +103,14 @@ class LanguageModel:
     def cache_bytes(self) -> int:
         """Bytes that the cache of keys and values takes now."""
         return self._cache.nbytes
+
+    def new_cache(self) -> KVCache:
+        """An empty cache, for a sequence of its own (sequences.py)."""
+        return KVCache(self.graph, self.pairs, self.kv_cache)
+
+    def cache_bytes_at(self, positions: int) -> int:
+        """The most that the cache of one sequence takes on its way to so many positions, bytes."""
+        return bytes_at(self.graph, self.pairs, positions, self.kv_cache)
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
