@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import Interrupted, UsageError
+from .work import Work
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,8 +29,8 @@ class Host(Protocol):
     context: int
     load_s: float
 
-    def claim(self, generation: Generation) -> AbstractContextManager[None]:
-        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+    def claim(self, work: Work) -> AbstractContextManager[None]:
+        """Holds the model for one step of `work`; UsageError if another thread uses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class Stats:
         return later / self.decode_s if later > 0 and self.decode_s > 0 else 0.0
 
 
-class Generation(Iterator[Token]):
+class Generation(Work, Iterator[Token]):
     """One reply: iterate it for its tokens. `stats` fills as it goes, `stop()` ends it.
 
     Text that was held back (half a character, the beginning of a stop string) comes with the last
@@ -97,7 +98,6 @@ class Generation(Iterator[Token]):
         self.stats = Stats(load_s=model.load_s)
         self.prompt_ids = list(prompt)
         self.ids: list[int] = []
-        self.owner: threading.Thread | None = None
         self._model = model
         self._max_tokens = max_tokens
         self._shorten = shorten
@@ -119,15 +119,12 @@ class Generation(Iterator[Token]):
         return bool(self.stats.stop_reason) or self._stop.is_set()
 
     @property
-    def abandoned(self) -> bool:
-        """Whether a suspended reply will not be missed: ended, or left behind by its own thread."""
-        owner = self.owner
-        return (
-            self.stopped
-            or owner is None
-            or owner is threading.current_thread()
-            or not owner.is_alive()
-        )
+    def most_positions(self) -> int:
+        """How many positions of the context it may come to fill."""
+        context = self._model.context
+        if self._max_tokens is None:
+            return context
+        return min(context, len(self.prompt_ids) + self._max_tokens)
 
     def finish(self, reason: str) -> None:
         """Marks the reply as ended for `reason`, unless it has ended already."""

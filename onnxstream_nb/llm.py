@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import passes
+from .device import memory_available
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
@@ -79,6 +80,7 @@ class LanguageModel:
         self.passes = 0
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        self._is_budgeted = ram is not None
         self.reserved_bytes = sequences * self.cache_bytes_at(positions)
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
@@ -107,6 +109,14 @@ class LanguageModel:
     def new_cache(self) -> KVCache:
         """An empty cache, for a sequence of its own (sequences.py)."""
         return KVCache(self.graph, self.pairs, self.kv_cache)
+
+    @property
+    def cache_room(self) -> int:
+        """Bytes that all caches may take together: what was set aside, or without a budget half of
+        the free memory where that is more."""
+        if self._is_budgeted or not getattr(self.session.provider, "in_place", False):
+            return self.reserved_bytes
+        return max(self.reserved_bytes, memory_available() // 2)
 
     def cache_bytes_at(self, positions: int) -> int:
         """The most that the cache of one sequence takes on its way to so many positions, bytes."""

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .generation import Generation, Stats, Token
+from .generation import Generation, Host, Stats, Token
 from .progress import Report, of_download
+from .work import Work
 
 if TYPE_CHECKING:
+    from .batch import Batch, BatchRequest
     from .llm import LanguageModel
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer
@@ -41,7 +43,7 @@ class Model:
         self.context = llm.context
         self.load_s = load_s
         self._lock = threading.Lock()
-        self._active: weakref.ref[Generation] | None = None
+        self._active: weakref.ref[Work] | None = None
         self._closed = False
 
     @classmethod
@@ -56,12 +58,14 @@ class Model:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        sequences: int = 1,
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
         `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
-        "f16". `progress` is called as work proceeds and may raise to give up.
+        "f16". Within the budget `ram` there is room for `sequences` full contexts. `progress` is
+        called as work proceeds and may raise to give up.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
@@ -82,6 +86,7 @@ class Model:
             context=context,
             precision=precision,
             kv_cache=kv_cache,
+            sequences=sequences,
             device=device,
             progress=report,
         )
@@ -102,11 +107,38 @@ class Model:
         in it means those tokens. `sampling` holds fields of `SamplingParams`.
         Errors: UsageError for a bad option or a prompt longer than the context.
         """
-        if raw:
-            if system is not None:
-                raise UsageError("--system needs the chat template that --raw leaves out")
-            return self._start(lambda: self._encode_raw(prompt), max_tokens, sampling)
-        return self.chat(_conversation(prompt, system), max_tokens=max_tokens, **sampling)
+        encode = self._encoder(prompt, system, raw)
+        return self._start(encode, max_tokens, sampling)
+
+    def generate_batch(
+        self,
+        requests: Iterable[BatchRequest | str],
+        *,
+        batch_size: int | None = None,
+        system: str | None = None,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Batch:
+        """Answers many prompts, several in each pass over the weights: see `Batch`.
+
+        Iterating it yields an item each time that it has a further token or has ended. A request
+        with which something is wrong says so in its item. `sampling` is as for `generate`, for each
+        reply by itself: with one seed, each is what `generate` gives. Errors: UsageError for a bad
+        option.
+        """
+        from .batch import Batch, BatchRequest
+
+        _sampling_params(sampling)
+
+        def start(request: BatchRequest, host: Host) -> Generation:
+            own = system if request.system is None else request.system
+            most = max_tokens if request.max_tokens is None else request.max_tokens
+            encode = self._encoder(request.prompt, own, raw)
+            return self._start(encode, most, {**sampling, **request.sampling}, host=host)
+
+        whole = (BatchRequest(r) if isinstance(r, str) else r for r in requests)
+        return Batch(self, start, whole, batch_size)
 
     def chat(
         self,
@@ -157,8 +189,8 @@ class Model:
         self.close()
 
     @contextmanager
-    def claim(self, generation: Generation) -> Iterator[None]:
-        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+    def claim(self, work: Work) -> Iterator[None]:
+        """Holds the model for one step of `work`; UsageError if another thread uses it."""
         busy = UsageError(
             f"{self.name} is already generating in another thread: "
             "wait for that reply, stop() it, or load the model a second time"
@@ -169,12 +201,12 @@ class Model:
             if self._closed:
                 raise UsageError(f"{self.name} is closed: load it again")
             active = self._active() if self._active else None
-            if active is not None and active is not generation:
+            if active is not None and active is not work:
                 if not active.abandoned:
                     raise busy
                 active.finish("interrupted")
-            generation.owner = threading.current_thread()
-            self._active = weakref.ref(generation)
+            work.owner = threading.current_thread()
+            self._active = weakref.ref(work)
             yield
         finally:
             self._lock.release()
@@ -185,6 +217,7 @@ class Model:
         max_tokens: int | None,
         sampling: Mapping[str, Any],
         shorten: Callable[[], list[int] | None] = lambda: None,
+        host: Host | None = None,
     ) -> Generation:
         params = _sampling_params(sampling)
         if max_tokens is not None and max_tokens < 1:
@@ -193,7 +226,19 @@ class Model:
         ids = encode()
         if not ids:
             raise UsageError("the prompt is empty: give at least one character")
-        return Generation(self, ids, params, max_tokens, shorten, perf_counter() - started)
+        return Generation(host or self, ids, params, max_tokens, shorten, perf_counter() - started)
+
+    def _encoder(
+        self, prompt: str | Sequence[Mapping[str, str]], system: str | None, raw: bool
+    ) -> Callable[[], list[int]]:
+        """What gives the ids of a prompt, or of a conversation, which has its own system prompt."""
+        if not isinstance(prompt, str):
+            return lambda: self._encode_chat(prompt)
+        if raw and system is not None:
+            raise UsageError("--system needs the chat template that --raw leaves out")
+        if raw:
+            return lambda: self._encode_raw(prompt)
+        return lambda: self._encode_chat(_conversation(prompt, system))
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         from .tokenizer import encode_chat

@@ -72,16 +72,18 @@ Part = tuple[Strand, int]
 
 
 class Sequences:
-    """Reads strands of a model for which `can_share_passes` holds, at most `most` at a time.
+    """Reads strands of a model for which `can_share_passes` holds, at most `most` at a time (None:
+    `few`).
 
     Up to `few` strands each get the logits that they would get alone, to the last bit: what is
     computed as single tokens, up to `few` rows, and what is computed as a prompt do not meet in one
     pass, and a prompt is cut into the same chunks.
     """
 
-    def __init__(self, llm: LanguageModel, most: int) -> None:
-        self.few = internal("FewRows")()
-        self._llm, self._rows = llm, max(self.few, most)
+    def __init__(self, llm: LanguageModel, most: int | None = None) -> None:
+        self.few = int(internal("FewRows")())
+        self.most = most or self.few
+        self._llm, self._rows = llm, max(self.few, self.most)
         self._types = {v.name: np.dtype(v.dtype) for v in llm.graph.inputs}
 
     def open(self) -> Strand:

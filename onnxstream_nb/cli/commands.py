@@ -14,6 +14,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
+    from ..work import Work
 
 SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -83,13 +84,15 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in SAMPLING_NAMES if options[name] is not None}
 
 
-def load_model(options: Mapping[str, Any]) -> Model:
-    """Load the model that the options name, with progress on stderr."""
+def load_model(options: Mapping[str, Any], sequences: int = 1) -> Model:
+    """Load the model that the options name, with progress on stderr; a budget is to hold the
+    contexts of so many sequences."""
     from .. import ui
     from ..model import Model
 
     with ui.progress() as progress:
-        return Model.load(options["model"], progress=progress, **loading(options))
+        given = loading(options) | ({"sequences": sequences} if sequences > 1 else {})
+        return Model.load(options["model"], progress=progress, **given)
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def loading(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def first_interrupt_stops(run: Generation) -> Iterator[None]:
+def first_interrupt_stops(run: Work) -> Iterator[None]:
     """Within the block the first Ctrl-C ends the generation; the second ends the program.
 
     Signals reach the main thread only: elsewhere the block changes nothing.
