@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_llm import IM_END, VOCAB, FakeTokenizer
-from llama_fixtures import write_gguf
-from llama_oracle import Tiny
+from batch_models import ENDS, TINY, open_tiny, prompts, write_tiny
 
 from onnxstream_nb import formats, sequences
 from onnxstream_nb.batch import Batch, BatchItem, BatchRequest
@@ -23,25 +21,13 @@ from onnxstream_nb.model import Model
 from onnxstream_nb.session import decode_constant
 
 FOLDER = Path(__file__).parent / "fixtures" / "models"
-TINY = Tiny(vocab=VOCAB, hidden=64, head_dim=16, intermediate=96, context=1500)
-ENDS = {"temperature": 1.0, "logit_bias": {IM_END: 3.0}, "seed": 5}
-"""Sampling after which replies end by themselves, sooner or later."""
 
 pytestmark = pytest.mark.usefixtures("panels_pay")
 
 
-class Tokenizer(FakeTokenizer):
-    """One id a byte; the bytes that are no text by themselves stand for letters."""
-
-    def token_bytes(self, token: int) -> bytes:
-        return super().token_bytes(token) if token in (10, *range(32, 127)) else b"x"
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("batch") / "tiny.gguf"
-    write_gguf(file, TINY, "Q8_0")
-    return file
+    return write_tiny(tmp_path_factory.mktemp("batch") / "tiny.gguf")
 
 
 Open = Callable[..., Model]
@@ -53,17 +39,12 @@ def opened(path: Path) -> Iterator[Open]:
     models = []
 
     def open_model(file: Path = path, **options: Any) -> Model:
-        llm = LanguageModel(file, **{"load": "ram", "threads": 1, **options})
-        models.append(Model("tiny", file, Tokenizer(), llm))
+        models.append(open_tiny(file, **options))
         return models[-1]
 
     yield open_model
     for model in models:
         model.close()
-
-
-def prompts(*lengths: int) -> list[str]:
-    return ["".join(chr(97 + (7 * n + i * i) % 26) for i in range(n)) for n in lengths]
 
 
 def ended(batch: Batch) -> list[BatchItem]:

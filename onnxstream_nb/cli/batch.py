@@ -150,7 +150,9 @@ def _request(where: str, number: int, line: str, is_json: bool) -> BatchRequest:
     try:
         given = json.loads(line)
     except ValueError as error:
-        raise UsageError(f"{where}: it is no JSON ({error}), and line 1 is") from error
+        raise UsageError(
+            f"{where}: it is no JSON ({error}), as in a file whose first line begins with a brace"
+        ) from error
     return BatchRequest(**{"id": number, **_checked(where, given)})
 
 
