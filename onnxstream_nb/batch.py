@@ -162,5 +162,5 @@ class Batch(Work, Iterator[BatchItem]):
         if seat in self._seats:
             self._seats.remove(seat)
         if seat.strand is not None:
-            seat.strand.close()
+            self._sequences.close(seat.strand)
         self._changed[seat.item] = None

@@ -34,8 +34,11 @@ class KVSlot:
     half the bytes, each element off by at most 1/254 of the largest of its position and head.
     `reserve` makes room; `length` is how many positions count, and may be set back. A run writes
     behind it and leaves it alone: what it wrote counts when the caller says so. As an array it is
-    of `dtype`, the graph's.
+    of `dtype`, the graph's. `places` are (length, capacity) of each sequence that it holds, and
+    `tokens` how many tokens the next one of each makes: see SlotGroup.
     """
+
+    tokens = 1
 
     def __init__(
         self,
@@ -66,6 +69,11 @@ class KVSlot:
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of past and present: (1, KV, length, D)."""
         return (1, self.heads, self.length, self.size)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(length, capacity)."""
+        return ((self.length, self.capacity),)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +128,16 @@ class SlotGroup:
 
     def __init__(self, parts: Sequence[tuple[KVSlot, int]]) -> None:
         self.parts = tuple(parts)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the run has, if each sequence has one; 0 if not."""
+        return len(self.parts) if all(count == 1 for _, count in self.parts) else 0
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(length, capacity) of each sequence."""
+        return tuple((slot.length, slot.capacity) for slot, _ in self.parts)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

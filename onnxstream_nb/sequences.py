@@ -62,10 +62,6 @@ class Strand:
         del self.tokens[length:]
         self.cache.length = length
 
-    def close(self) -> None:
-        """Let go of the cache."""
-        self.cache.slots.clear()
-
 
 Part = tuple[Strand, int]
 """A strand, and how many of its waiting ids a pass reads."""
@@ -85,10 +81,20 @@ class Sequences:
         self.most = most or self.few
         self._llm, self._rows = llm, max(self.few, self.most)
         self._types = {v.name: np.dtype(v.dtype) for v in llm.graph.inputs}
+        self._last: list[Part] = []
+        self._pasts: dict[str, SlotGroup] = {}
 
     def open(self) -> Strand:
         """A new sequence."""
         return Strand(self._llm.new_cache())
+
+    def close(self, strand: Strand) -> None:
+        """Let go of a sequence and its cache."""
+        if any(strand is other for other, _ in self._last):
+            for past in self._pasts.values():
+                past.parts = ()  # the session has recorded a run with it, and keeps it
+            self._last = []
+        strand.cache.slots.clear()
 
     def step(
         self, strands: Iterable[Strand], stop: threading.Event | None = None
@@ -111,7 +117,7 @@ class Sequences:
         tokens = [part for part in parts if part[1] <= self.few]
         return packed(prompts, chunk)[:1] + packed(tokens, self._rows)
 
-    def _pass(self, parts: Sequence[Part], stop: threading.Event | None) -> Logits:
+    def _pass(self, parts: list[Part], stop: threading.Event | None) -> Logits:
         """The logits (strands, V) after the last id that the pass reads of each strand."""
         ids = [i for strand, count in parts for i in strand.waiting[:count]]
         positions = [len(s.tokens) + i for s, count in parts for i in range(count)]
@@ -121,15 +127,26 @@ class Sequences:
             "position_ids": np.array([positions], self._types["position_ids"]),
             LOGIT_ROWS: ends.astype(self._types[LOGIT_ROWS]),
         }
-        for name in parts[0][0].cache.slots:
-            feeds[name] = SlotGroup([(_slot(s, name), count) for s, count in parts])
-        result = self._llm.session.run(feeds, ["logits"], stop=stop)
+        result = self._llm.session.run(feeds | self._grouped(parts), ["logits"], stop=stop)
         self._llm.passes += 1
         for strand, count in parts:
             strand.tokens += strand.waiting[:count]
             del strand.waiting[:count]
             strand.cache.length = len(strand.tokens)
         return np.asarray(result["logits"][0], np.float32)
+
+    def _grouped(self, parts: list[Part]) -> dict[str, SlotGroup]:
+        """The past of a pass by input; for the next tokens of the same strands the same objects as
+        before, to which the session's recording is bound."""
+        if parts == self._last:
+            return self._pasts
+        pasts = {
+            name: SlotGroup([(_slot(strand, name), count) for strand, count in parts])
+            for name in parts[0][0].cache.slots
+        }
+        if all(count == 1 for _, count in parts):
+            self._last, self._pasts = parts, pasts
+        return pasts
 
 
 def packed(parts: Iterable[Part], room: int) -> list[list[Part]]:

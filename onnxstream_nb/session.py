@@ -20,7 +20,7 @@ from .device import parse_size, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose_provider
-from .lowering import Replay
+from .lowering import TABLE_BYTES, Replay
 from .packing import PackedProvider
 from .plan import Plan, describe, make_plan
 from .registry import lookup
@@ -120,6 +120,7 @@ class Session:
             prepare(self.plan.kernels)
         self._lock = threading.Lock()
         self._closed = False
+        self._is_budgeted = ram is not None
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
         self._decode = internal("Decode")
@@ -168,12 +169,14 @@ class Session:
     def _replayed(
         self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
     ) -> dict[str, Any] | None:
-        """The values after a replay of one token's tables, or None when it is not for these feeds.
+        """The values after a replay of a token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded, and so is one after the cache moved.
+        The first run for one token over a cache is recorded, and so is one after the cache moved;
+        the same for one token each of several sequences.
         """
         in_place = getattr(self.provider, "in_place", False)
-        if trace.current() is not None or not in_place or not _is_token(feeds):
+        tokens = _next_tokens(feeds)
+        if trace.current() is not None or not in_place or not self._is_recorded(tokens):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -187,10 +190,17 @@ class Session:
         values = {**self.plan.constants, **own}
         replay = Replay(
             self.plan, values, self._argument, internal("Table"), stop,
-            previous=known.values if known is not None else None,
+            previous=known.values if known is not None and known.tokens == tokens else None,
         )  # fmt: skip
         self._replay = replay if replay.lowered else None
         return values
+
+    def _is_recorded(self, tokens: int) -> bool:
+        """Whether runs for so many next tokens are recorded. Several take memory for all that is
+        computed, which no budget counts, and pay where Python takes long beside the kernels."""
+        if tokens > 1:
+            return not self._is_budgeted and self.plan.weight_bytes <= TABLE_BYTES
+        return tokens == 1
 
     def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:
         recording = trace.current()
@@ -262,14 +272,16 @@ class Session:
         self.close()
 
 
-def _is_token(feeds: Mapping[str, Any]) -> bool:
-    """Whether the feeds hold one token beside a cache that kernels append to."""
+def _next_tokens(feeds: Mapping[str, Any]) -> int:
+    """How many tokens the feeds hold, one for each sequence whose cache kernels append to; 0 when
+    they are something else."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(type(slot), "address") for slot in slots):
-        return False
-    total = slots[0].length + 1  # what an attention mask covers
-    return all(f.size in (1, total) for f in arrays)
+    if not slots or not all(hasattr(type(slot), "places") for slot in slots):
+        return 0
+    tokens: int = slots[0].tokens
+    total = slots[0].shape[2] + 1  # what an attention mask covers
+    return tokens if all(f.size in (tokens, total) for f in arrays) else 0
 
 
 def _thread_count(threads: int | None) -> int:

@@ -14,11 +14,12 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny
 from llm_checks import Countdown
 
-from onnxstream_nb import passes
+from onnxstream_nb import passes, session
 from onnxstream_nb.errors import Interrupted
 from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.lowering import Replay
 from onnxstream_nb.sequences import Sequences, Strand, can_share_passes, packed
-from onnxstream_nb.session import decode_constant, load_graph
+from onnxstream_nb.session import Session, decode_constant, load_graph
 
 FOLDER = Path(__file__).parent / "fixtures" / "models"
 TINY = Tiny(hidden=64, head_dim=16, intermediate=96, context=1024)
@@ -160,13 +161,64 @@ def test_a_closed_strand_gives_its_memory_back(tmp_path: Path) -> None:
     sequences = Sequences(model, 2)
     strand, other = sequences.open(), sequences.open()
     strand.waiting, other.waiting = random_ids(30), random_ids(9)
-    assert len(list(sequences.step([strand, other]))) == 2
+    for _ in range(3):  # the last of which are recorded, with the caches' addresses
+        assert len(list(sequences.step([strand, other]))) == 2
+        strand.waiting, other.waiting = [5], [6]
+    assert model.session._replay is not None
     memory = [weakref.ref(slot.array) for slot in strand.cache.slots.values()]
     assert len(memory) == 4 and all(m() is not None for m in memory)
-    strand.close()
+    sequences.close(strand)
     gc.collect()
     assert all(m() is None for m in memory)
     assert other.cache.nbytes > 0
+    model.close()
+
+
+def test_next_tokens_are_replayed_while_the_same_strands_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, panels_pay: None
+) -> None:
+    """Recorded when strands come or go, or when a cache has moved; else nothing is run singly."""
+    path, walked = written(tmp_path), []
+    walk, record = Session._walk, Replay._record
+    monkeypatch.setattr(Session, "_walk", lambda *a: walked.append("walk") or walk(*a))
+    monkeypatch.setattr(
+        Replay, "_record", lambda *a: walked.append("record") or record(*a)
+    )  # a step of the plan
+    model = LanguageModel(path, load="ram", threads=2)
+    steps = len(model.session.plan.steps)
+    sequences, rows = Sequences(model), {}
+    strands = [sequences.open() for _ in range(3)]
+    for strand, count in zip(strands, (204, 20, 30), strict=True):
+        strand.waiting, rows[strand] = random_ids(count), []
+    advance(sequences, strands, rows)
+    assert walked == ["walk"]
+    for step in range(60):
+        walked.clear()
+        if step == 57:
+            sequences.close(strands.pop(1))
+        advance(sequences, strands, rows)
+        # After 204 and 52 tokens the first cache is full, and grows.
+        assert walked == ["record"] * steps * (step in (0, 52, 57)), step
+    for strand, count in zip(strands, (204, 30), strict=True):
+        same(rows[strand], alone(path, random_ids(count), 60, load="ram", threads=2))
+    model.close()
+
+
+def test_of_large_models_several_tokens_are_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "TABLE_BYTES", 1)
+    model = LanguageModel(written(tmp_path), load="mmap")
+    sequences = Sequences(model)
+    strands = [sequences.open(), sequences.open()]
+    for _ in range(3):
+        for strand in strands:
+            strand.waiting = [5]
+        list(sequences.step(strands))
+    assert model.session._replay is None
+    for _ in range(2):
+        model.feed([5])
+    assert model.session._replay is not None
     model.close()
 
 
