@@ -16,7 +16,7 @@ from . import passes
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import prompt_chunk, prompt_precision
+from .loading import prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -62,7 +62,6 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.chunk = prompt_chunk(self.graph)
         self._cache = KVCache(self.graph, pairs, kv_cache)
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
@@ -82,6 +81,7 @@ class LanguageModel:
             device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
             progress=progress,
         )  # fmt: skip
+        self.chunk = self.session.chunk
 
     @property
     def vocab_size(self) -> int:

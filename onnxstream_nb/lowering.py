@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from .errors import Interrupted
-from .plan import Plan, Step
+from .plan import Form, Plan, Step
 
 TABLE_BYTES = 400_000_000  # of weights a table reads: no longer than it takes to notice a stop
 
 Array = np.ndarray[Any, Any]
-Argument = Callable[[dict[str, Any], str, bool], Any]
+Argument = Callable[[dict[str, Any], str, Form], Any]
 
 
 class _Host:
@@ -37,7 +37,7 @@ class _Host:
 
     def run(self, values: dict[str, Any], argument: Argument) -> bool:
         """Run it; False when a result does not fit the place that tables read."""
-        results = self.step.call([argument(values, n, native) for n, native in self.step.inputs])
+        results = self.step.call([argument(values, n, form) for n, form in self.step.inputs])
         for name, place, result in zip(self.step.outputs, self._places, results, strict=False):
             if place is None:
                 values[name] = result
@@ -90,7 +90,7 @@ class Replay:
         """Run one step, lowered where that is possible."""
         if stop is not None and stop.is_set():
             raise Interrupted("the run was stopped")
-        arguments = [self._argument(self.values, name, native) for name, native in step.inputs]
+        arguments = [self._argument(self.values, name, form) for name, form in step.inputs]
         self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
         rows = None
         if step.operator.lower and not any(self._varies(name) for name, _ in step.inputs):

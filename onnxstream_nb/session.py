@@ -19,10 +19,9 @@ from . import formats, passes, trace
 from .device import parse_size, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose_provider
+from .loading import choose, make_provider
 from .lowering import Replay
-from .packing import PackedProvider
-from .plan import Plan, describe, make_plan
+from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
 
@@ -106,18 +105,15 @@ class Session:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision
         self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
-        packs = load in ("auto", "ram") and ram is None
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
-        prepare(self.plan.panel_kernels if packs else self.plan.kernels)
+        prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
-        if packs and self.plan.packable and getattr(self.provider, "in_place", False):
-            internal("Threads")(self.threads)
-            self.provider = PackedProvider(
-                self.provider, self.plan.packable, packer, progress, tables=self.plan.tables
-            )
-        elif packs:
+        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes)
+        if holding.slots:
             prepare(self.plan.kernels)
+        internal("Threads")(self.threads)
+        self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
+        self.chunk = holding.chunk
         self._lock = threading.Lock()
         self._closed = False
         self._replay: Replay | None = None
@@ -198,7 +194,7 @@ class Session:
             if stop is not None and stop.is_set():
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
-            arguments = [self._argument(values, name, native) for name, native in step.inputs]
+            arguments = [self._argument(values, name, form) for name, form in step.inputs]
             results = step.call(arguments)
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
@@ -212,12 +208,16 @@ class Session:
                 nbytes = sum(ref.nbytes for ref in step.weights)
                 recording.record(step.node.op_type, time.perf_counter() - begun, nbytes)
 
-    def _argument(self, values: dict[str, Any], name: str, native: bool) -> Any:
+    def _argument(self, values: dict[str, Any], name: str, form: Form) -> Any:
         """An input as its operator wants it: in the engine's own form, or as an array."""
         if not name:
             return None
         value = values[name] if name in values else self.provider.get(self.graph.initializers[name])
-        if native or isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray):
+            return value
+        if isinstance(value, Weight) and (form is not Form.TILES or value.ref.parts):
+            value = value.whole()
+        if form:
             return value
         return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
 
@@ -235,7 +235,7 @@ class Session:
         return results
 
     def _output(self, values: dict[str, Any], name: str) -> Any:
-        value = self._argument(values, name, native=True)
+        value = self._argument(values, name, Form.NATIVE)
         if isinstance(value, Weight):
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):
