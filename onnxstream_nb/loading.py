@@ -125,14 +125,12 @@ def choose(
     if ram is None:
         free = int(device.memory_available() * (1 - MARGIN))
         if plan.weight_bytes + reserve + work_bytes(plan, chunk) <= free:
-            return Holding("mmap", chunk)
+            return Holding("ram", chunk)
         ram = device.current_rss() + free
     packable = {ref.matrix for ref in plan.packable}
-    tables = {ref.matrix for ref in plan.tables}
     sizes = {
         ref: panels_bytes(ref, panel_bytes(ref)) if ref.matrix in packable else ref.nbytes
-        for ref in {ref.matrix: ref for ref in plan.weights}.values()
-        if ref.matrix not in tables
+        for ref in _streamable(plan)
     }
     used = device.current_rss() + reserve
     whole = {ref.matrix: _rows(ref) for ref in sizes}
@@ -141,6 +139,12 @@ def choose(
             return Holding("stream", chunk, held=whole)
         chunk //= 2
     return _budget(plan, sizes, ram, used, reserve)
+
+
+def _streamable(plan: Plan) -> list[WeightRef]:
+    """The distinct matrices in order of use, without those of which only rows are looked up."""
+    tables = {ref.matrix for ref in plan.tables}
+    return [r for m, r in {ref.matrix: ref for ref in plan.weights}.items() if m not in tables]
 
 
 def _rows(ref: WeightRef) -> int:
@@ -156,7 +160,7 @@ def _budget(
     chunk = CHUNK
     while chunk > SMALLEST_CHUNK and least + work_bytes(plan, chunk, True) > ram:
         chunk //= 2
-    left = ram - least - work_bytes(plan, chunk, True)
+    left = ram - max(least + work_bytes(plan, chunk, True), device.peak_rss())
     if left < 0:
         raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
     more = min(MOST_PIECES - LEAST_PIECES, left // 8 // slot) if slot else 0
@@ -197,22 +201,28 @@ def make_provider(
     packer: Packer,
     progress: Callable[[str, float | None], None] | None = None,
 ) -> WeightsProvider:
-    """The provider that does what was chosen; what is packed is read now."""
+    """The provider that does what was chosen; what is kept is read now."""
+    rows = {ref.matrix: _rows(ref) for ref in _streamable(plan)}
+    held = rows if holding.kind != "stream" else holding.held
+    kept = {
+        ref.matrix: ref if held[ref.matrix] == rows[ref.matrix] else ref.rows(0, held[ref.matrix])
+        for ref in _streamable(plan)
+        if held.get(ref.matrix)
+    }
+    packed = {ref.matrix for ref in plan.packable} if holding.packs else set()
+    provider: WeightsProvider
     if holding.kind == "mmap":
-        kept: WeightsProvider = MmapProvider()
+        provider = MmapProvider()
     else:
-        kept = RamProvider()
-    packed = [
-        ref if holding.kind != "stream" or rows == _rows(ref) else ref.rows(0, rows)
-        for ref in plan.packable
-        if (rows := holding.held.get(ref.matrix, 0)) or holding.kind != "stream"
-    ]
-    if holding.packs and packed:
-        kept = PackedProvider(kept, packed, packer, progress, tables=plan.tables)
+        plain = [ref for matrix, ref in kept.items() if matrix not in packed]
+        provider = RamProvider(plain, progress, tables=plan.tables)
+    to_pack = [ref for matrix, ref in kept.items() if matrix in packed]
+    if to_pack:
+        provider = PackedProvider(provider, to_pack, packer, progress, tables=plan.tables)
     if holding.kind != "stream":
-        return kept
+        return provider
     return StreamProvider(
-        plan.weights, memory=kept, held=holding.held, tables=plan.tables, slots=holding.slots
+        plan.weights, memory=provider, held=holding.held, tables=plan.tables, slots=holding.slots
     )
 
 

@@ -168,8 +168,7 @@ class Session:
 
         The first run for one token over a cache is recorded, and so is one after the cache moved.
         """
-        in_place = getattr(self.provider, "in_place", False)
-        if trace.current() is not None or not in_place or not _is_token(feeds):
+        if trace.current() is not None or not _is_token(feeds):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -182,7 +181,7 @@ class Session:
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
         replay = Replay(
-            self.plan, values, self._argument, internal("Table"), stop,
+            self.plan, values, self._argument, internal("Table"), self._is_lasting, stop,
             previous=known.values if known is not None else None,
         )  # fmt: skip
         self._replay = replay if replay.lowered else None
@@ -220,6 +219,9 @@ class Session:
         if form:
             return value
         return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
+
+    def _is_lasting(self, ref: WeightRef) -> bool:
+        return self.provider.get(ref).lasting
 
     def _results(
         self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any]

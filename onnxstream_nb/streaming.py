@@ -24,7 +24,7 @@ from .weights import DiskProvider, RamProvider, WeightsProvider
 PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit a small budget
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
-READERS = 4  # reads under way at a time
+READERS = 2  # reads under way at a time: more are no faster, and wake more threads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -256,11 +256,6 @@ class StreamProvider:
         largest = max((piece.nbytes for piece in self._order), default=0)
         self._ring = _Ring(slots if self._order else 0, largest)
         weakref.finalize(self, self._ring.stop)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether every weight stays where it is from one `get` to the next."""
-        return not self._order
 
     @property
     def bytes_read(self) -> int:
