@@ -69,8 +69,8 @@ class Session:
     """A model ready to run.
 
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
-    `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
-    work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
+    `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
+    the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
     as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
     cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
