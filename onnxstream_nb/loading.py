@@ -106,9 +106,15 @@ class Holding:
 
 
 def choose(
-    plan: Plan, load: str, ram: int | None, reserve: int, panel_bytes: Callable[[WeightRef], int]
+    plan: Plan,
+    load: str,
+    ram: int | None,
+    reserve: int,
+    panel_bytes: Callable[[WeightRef], int],
+    reached: int = 0,
 ) -> Holding:
-    """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache.
+    """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache, and
+    `reached` is what the process took for a moment when it began.
 
     Raises UsageError for a combination that means nothing, MemoryBudgetError when the budget
     cannot be kept, naming the least that would do.
@@ -138,7 +144,7 @@ def choose(
         if used + work_bytes(plan, chunk) + sum(sizes.values()) <= ram:
             return Holding("stream", chunk, held=whole)
         chunk //= 2
-    return _budget(plan, sizes, ram, used, reserve)
+    return _budget(plan, sizes, ram, used, reserve, reached)
 
 
 def _streamable(plan: Plan) -> list[WeightRef]:
@@ -152,7 +158,7 @@ def _rows(ref: WeightRef) -> int:
 
 
 def _budget(
-    plan: Plan, sizes: Mapping[WeightRef, int], ram: int, used: int, reserve: int
+    plan: Plan, sizes: Mapping[WeightRef, int], ram: int, used: int, reserve: int, reached: int
 ) -> Holding:
     """A ring of buffers, then the longest passes over a prompt, then as many weights as fit."""
     slot = room(max((p.nbytes for ref in sizes for p in cut(ref)), default=0))
@@ -160,7 +166,7 @@ def _budget(
     chunk = CHUNK
     while chunk > SMALLEST_CHUNK and least + work_bytes(plan, chunk, True) > ram:
         chunk //= 2
-    left = ram - max(least + work_bytes(plan, chunk, True), device.peak_rss())
+    left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
         raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
     more = min(MOST_PIECES - LEAST_PIECES, left // 8 // slot) if slot else 0

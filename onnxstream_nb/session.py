@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import formats, passes, trace
-from .device import parse_size, physical_cores
+from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose, make_provider
@@ -95,6 +95,7 @@ class Session:
         reserve: int = 0,
         progress: Progress | None = None,
     ) -> None:
+        peak = peak_rss()
         graph = load_graph(model)
         self.graph = passes.optimize(graph, decode_constant) if optimize else graph
         self.threads = _thread_count(threads)
@@ -108,7 +109,8 @@ class Session:
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes)
+        reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
+        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes, reached)
         if holding.slots:
             prepare(self.plan.kernels)
         internal("Threads")(self.threads)
