@@ -15,7 +15,7 @@ from ..registry import op
 from .threads import COLUMNS, SERIAL_ROW, fill_table, team
 
 FEW_ROWS = 8
-"""So many rows at most are computed as so many tokens one by one would be, to the last bit."""
+"""Up to so many tokens of a pass each get, to the last bit, what a pass of their own gives."""
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from .device import memory_available
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import logit_chunk, prompt_chunk, prompt_precision
+from .loading import logit_chunk, prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -63,7 +63,7 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.chunk, self.logit_chunk = prompt_chunk(self.graph), logit_chunk(self.graph)
+        self.logit_chunk = logit_chunk(self.graph)
         self.pairs, self.kv_cache = pairs, kv_cache
         self._cache = self.new_cache()
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
@@ -86,6 +86,7 @@ class LanguageModel:
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, optimize=False, reserve=self.reserved_bytes, progress=progress,
         )  # fmt: skip
+        self.chunk = self.session.chunk
 
     @property
     def vocab_size(self) -> int:
@@ -114,7 +115,7 @@ class LanguageModel:
     def cache_room(self) -> int:
         """Bytes that all caches may take together: what was set aside, or without a budget half of
         the free memory where that is more."""
-        if self._is_budgeted or not getattr(self.session.provider, "in_place", False):
+        if self._is_budgeted or self.session.streams:
             return self.reserved_bytes
         return max(self.reserved_bytes, memory_available() // 2)
 
