@@ -87,6 +87,7 @@ class _Ring:
         self._ready: dict[int, tuple[int, Bytes | BaseException]] = {}
         self._next_read = self._next_use = 0
         self._epoch = 0  # of the numbering; what was begun in an earlier one is dropped
+        self._passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -98,6 +99,7 @@ class _Ring:
             if failed or self.pieces is not pieces or self._next_use % max(1, len(pieces)):
                 self._restart()
             self.pieces = pieces
+            self._passes += 1
             if pieces and not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, daemon=True) for _ in range(READERS)
@@ -119,7 +121,7 @@ class _Ring:
                     self._change.wait()
                 if self._closed:
                     return
-                number, epoch = self._next_read, self._epoch
+                number, epoch, passes = self._next_read, self._epoch, self._passes
                 piece, slot = self.pieces[number % len(self.pieces)], self._free.pop()
                 self._next_read += 1
             result: Bytes | BaseException
@@ -129,13 +131,15 @@ class _Ring:
                 )
             except BaseException as error:  # handed to the thread that asks for the piece
                 result = error
+            failed = isinstance(result, BaseException)
             with self._change:
+                if failed and passes != self._passes and epoch == self._epoch:
+                    self._restart()  # an error belongs to the pass that met it
                 if epoch == self._epoch:
                     self._ready[number] = slot, result
                 else:
                     self._free.append(slot)
-                if not isinstance(result, BaseException):
-                    self.bytes_read += piece.nbytes
+                self.bytes_read += 0 if failed else piece.nbytes
                 self.reading = piece.ref.name
                 del result  # or this thread would keep an error's traceback until the next read
                 self._change.notify_all()
