@@ -88,6 +88,23 @@ def _prompt_matrices(graph: Graph) -> Iterator[WeightRef]:
         yield ref
 
 
+def choose_reserve(
+    plan: Plan, load: str, ram: int | None, reserve: int | Sequence[int]
+) -> tuple[WeightsProvider, int]:
+    """The provider, and which of several reserves it leaves: the first, which is the most, where
+    the budget can be kept with it; else of the others the most that lets all weights be kept, or
+    the last. Raises as `choose_provider` does for that."""
+    first, *others = (reserve,) if isinstance(reserve, int) else reserve
+    try:
+        return choose_provider(plan, load, ram, first), first
+    except MemoryBudgetError:
+        if not others or ram is None:
+            raise
+    provider = choose_provider(plan, load, ram, others[-1])
+    kept = device.current_rss() + work_bytes(plan) + plan.weight_bytes
+    return provider, next((n for n in others if kept + n <= ram), others[-1])
+
+
 def choose_provider(plan: Plan, load: str, ram: int | None, reserve: int) -> WeightsProvider:
     """The provider for `--load` and `--ram`; `reserve` bytes are set aside for a cache.
 

@@ -19,7 +19,7 @@ from . import formats, passes, trace
 from .device import parse_size, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose_provider
+from .loading import choose_reserve
 from .lowering import Replay
 from .packing import PackedProvider
 from .plan import Plan, describe, make_plan
@@ -72,8 +72,9 @@ class Session:
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
     work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
-    as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
-    cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
+    as "2GB", of which `reserve` bytes are set aside for a cache, the first of several with which
+    the budget can be kept: it becomes the attribute. `threads` defaults to the physical cores;
+    `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
     "cpu". `optimize=False` runs the graph as it stands. `progress(text,
@@ -93,7 +94,7 @@ class Session:
         precision: str = PRECISION,
         device: str = "cpu",
         optimize: bool = True,
-        reserve: int = 0,
+        reserve: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> None:
         graph = load_graph(model)
@@ -110,7 +111,8 @@ class Session:
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
         prepare(self.plan.panel_kernels if packs else self.plan.kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        self.provider: WeightsProvider = choose_provider(self.plan, load, budget, reserve)
+        self.provider: WeightsProvider
+        self.provider, self.reserve = choose_reserve(self.plan, load, budget, reserve)
         if packs and self.plan.packable and getattr(self.provider, "in_place", False):
             internal("Threads")(self.threads)
             self.provider = PackedProvider(
@@ -170,7 +172,7 @@ class Session:
     ) -> dict[str, Any] | None:
         """The values after a replay of one token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded, and so is one after the cache moved.
+        The first run for one token over a cache is recorded.
         """
         in_place = getattr(self.provider, "in_place", False)
         if trace.current() is not None or not in_place or not _is_token(feeds):
@@ -266,7 +268,7 @@ def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(type(slot), "address") for slot in slots):
+    if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return False
     total = slots[0].length + 1  # what an attention mask covers
     return all(f.size in (1, total) for f in arrays)
