@@ -47,40 +47,18 @@ def zeroed(nbytes: int) -> Array:
     return np.frombuffer(memory, np.uint8)[:nbytes]
 
 
-def _check_room(length: int, capacity: int) -> None:
-    if length > capacity:
-        raise UsageError(f"{length} positions do not fit a cache that was made for {capacity}")
+class Room:
+    """Room for `capacity` positions, `room_bytes` large, of which the first `length` count.
 
-
-class Slot:
-    """One layer's keys or values, as Attention's kernels want them.
-
-    Keys are stored in blocks of 32 positions, (KV, capacity / 32, D, 32), values in panels of 32
-    columns, (KV, D / 32, capacity, 32), D padded. `encoding` "f16" keeps them as float16; "q8" as
-    int8 with a float32 scale for each position and head behind them, (KV, capacity): a little over
-    half the bytes, each element off by at most 1/254 of the largest of its position and head.
-    `length` is how many positions count, and may be set back. A run writes behind it and leaves it
-    alone: what it wrote counts when the caller says so. As an array it is of `dtype`, the graph's.
+    A run writes behind them and leaves `length` alone: what it wrote counts when the caller says
+    so, who may also set it back.
     """
 
     on_disk = False
 
-    def __init__(
-        self,
-        kind: str,
-        heads: int,
-        size: int,
-        dtype: np.dtype[Any] | None = None,
-        encoding: str = "f16",
-        positions: int = ROOM,
-    ) -> None:
-        self.kind, self.heads, self.size = kind, heads, size
-        self.dtype = np.dtype(np.float32) if dtype is None else dtype
-        self.encoding, self.quantised = encoding, encoding == "q8"
-        self.padded = -(-size // 32) * 32
-        self.columns = size if kind == "key" else self.padded  # that are stored
-        self.capacity = capacity_for(positions)
-        self._length = self._most = 0
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.room_bytes = self._length = self._most = 0
 
     @property
     def length(self) -> int:
@@ -93,9 +71,44 @@ class Slot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes now: of the most positions that it ever held."""
+        """Bytes that it takes now: of the most positions that it ever held, in whole blocks."""
         blocks = -(-self._most // BLOCK)
-        return self.heads * min(self.capacity, BLOCK * blocks) * self.position_bytes
+        return self.room_bytes // max(1, self.capacity) * min(self.capacity, BLOCK * blocks)
+
+    def reserve(self, length: int) -> None:
+        """UsageError when there is no room for `length` positions."""
+        if length > self.capacity:
+            raise UsageError(
+                f"{length} positions do not fit a cache that was made for {self.capacity}"
+            )
+
+
+class Slot(Room):
+    """One layer's keys or values, as Attention's kernels want them.
+
+    Keys are stored in blocks of 32 positions, (KV, capacity / 32, D, 32), values in panels of 32
+    columns, (KV, D / 32, capacity, 32), D padded. `encoding` "f16" keeps them as float16; "q8" as
+    int8 with a float32 scale for each position and head behind them, (KV, capacity): a little over
+    half the bytes, each element off by at most 1/254 of the largest of its position and head.
+    As an array it is of `dtype`, the graph's.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        heads: int,
+        size: int,
+        dtype: np.dtype[Any] | None = None,
+        encoding: str = "f16",
+        positions: int = ROOM,
+    ) -> None:
+        super().__init__(capacity_for(positions))
+        self.kind, self.heads, self.size = kind, heads, size
+        self.dtype = np.dtype(np.float32) if dtype is None else dtype
+        self.encoding, self.quantised = encoding, encoding == "q8"
+        self.padded = -(-size // 32) * 32
+        self.columns = size if kind == "key" else self.padded  # that are stored
+        self.room_bytes = heads * self.capacity * self.position_bytes
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -107,11 +120,6 @@ class Slot:
         """Bytes of one position of one head."""
         return self.columns + 4 if self.quantised else 2 * self.columns
 
-    @property
-    def room_bytes(self) -> int:
-        """Bytes of all positions that there is room for."""
-        return self.heads * self.capacity * self.position_bytes
-
     def advanced(self, length: int) -> Self:
         """The same memory with `length` positions: a present beside its past."""
         present = copy.copy(self)
@@ -121,10 +129,6 @@ class Slot:
     def in_memory(self) -> KVSlot:
         """Such a slot in memory."""
         return KVSlot(self.kind, self.heads, self.size, self.dtype, self.encoding, self.capacity)
-
-    def reserve(self, length: int) -> None:
-        """UsageError when there is no room for `length` positions."""
-        _check_room(length, self.capacity)
 
     def runs(self, head: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(offset, bytes) of each contiguous run of a head's positions, from a block's beginning
@@ -182,16 +186,14 @@ class KVSlot(Slot):
         return filled.astype(dtype or self.dtype)
 
 
-class ArraySlot:
+class ArraySlot(Room):
     """A past input of a graph that was not rewritten: an array that fills along one axis."""
-
-    on_disk = False
 
     def __init__(
         self, shape: Sequence[int], axis: int, dtype: np.dtype[Any], positions: int = ROOM
     ) -> None:
-        self.axis, self.length, self.capacity = axis, 0, positions
-        self._shape, self._dtype, self._most = list(shape), dtype, 0
+        super().__init__(positions)
+        self.axis, self._shape, self._dtype = axis, list(shape), dtype
         whole = [positions if i == axis else n for i, n in enumerate(shape)]
         self.room_bytes = dtype.itemsize * int(np.prod(whole, dtype=np.int64))
         self.array: Array = zeroed(self.room_bytes).view(dtype).reshape(whole)
@@ -201,21 +203,11 @@ class ArraySlot:
         """The shape of past and present, `length` along the axis that grows."""
         return tuple(self.length if i == self.axis else n for i, n in enumerate(self._shape))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it takes now: of the most positions that it ever held."""
-        return self.room_bytes // self.capacity * self._most
-
-    def reserve(self, length: int) -> None:
-        """UsageError when there is no room for `length` positions."""
-        _check_room(length, self.capacity)
-
     def append(self, new: Array) -> ArraySlot:
         """Write `new` behind what is there."""
         at = self.length
         self.reserve(at + new.shape[self.axis])
         self.length = at + new.shape[self.axis]
-        self._most = max(self._most, self.length)
         self._view(at, self.length)[...] = new
         return self
 

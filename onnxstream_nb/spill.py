@@ -134,8 +134,8 @@ class SpilledSlot(Slot):
     following: SpilledPair | None = None  # of the keys: what a pass reads after this layer
 
     def __init__(self, file: SpillFile, offset: int, like: Slot) -> None:
-        super().__init__(like.kind, like.heads, like.size, like.dtype, like.encoding)
-        self.file, self.offset, self.capacity = file, offset, like.capacity
+        super().__init__(like.kind, like.heads, like.size, like.dtype, like.encoding, like.capacity)
+        self.file, self.offset = file, offset
 
     def with_values(self, values: SpilledSlot) -> SpilledPair:
         """These keys beside their values."""
