@@ -42,16 +42,14 @@ class SpillFile:
         self.folder, self.nbytes = folder, nbytes
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-                self._descriptor = os.dup(file.fileno())
-            self._close = weakref.finalize(self, os.close, self._descriptor)
-            _set_aside(self._descriptor, nbytes)
+            self._descriptor = _unnamed_file(folder, nbytes)
         except OSError as error:
             raise UsageError(
                 f"{folder}: {format_size(nbytes)} for the context's keys and values cannot be set "
                 f"aside on this disk ({error.strerror}): name a folder on another with --kv-spill, "
                 "or choose a smaller --context or a larger --ram"
             ) from error
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._pool = ThreadPoolExecutor(READERS, "spill")
         self._begun: list[Future[None]] = []
         self._memory: dict[str, Array] = {}
@@ -111,12 +109,14 @@ class SpillFile:
         self._close()
 
 
-def _set_aside(descriptor: int, nbytes: int) -> None:
-    """Make the file so long; where the system can, its blocks are its own from now on."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, nbytes)
-    else:
-        os.ftruncate(descriptor, nbytes)
+def _unnamed_file(folder: Path, nbytes: int) -> int:
+    """The descriptor of a new file so long; where the system can, its blocks are its own."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+            file.truncate(nbytes)
+        return os.dup(file.fileno())
 
 
 def _advise(descriptor: int, runs: Sequence[tuple[int, int]]) -> None:
