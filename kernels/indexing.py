@@ -27,9 +27,11 @@ def gather(data, indices, *, axis=0):
     wanted = in_range("Gather", indices, data.shape[axis], axis)
     if not isinstance(data, np.ndarray):
         rows = axis == 0 and len(data.shape) == 2 and not data.transposed
+        flat = np.ascontiguousarray(wanted).reshape(-1)
         if rows and not is_plain(data):
-            found = decode_rows(data, np.ascontiguousarray(wanted).reshape(-1))
-            return found.reshape(*wanted.shape, data.shape[1])
+            return decode_rows(data, flat).reshape(*wanted.shape, data.shape[1])
+        if rows and data.read_rows is not None and flat.size:
+            return data.read_rows(flat).view(data.dtype).reshape(*wanted.shape, data.shape[1])
         data = decode(data)
     return np.asarray(np.take(data, wanted, axis))
 

@@ -12,7 +12,7 @@ from ..registry import kernels, op
 from . import gemm_bf16, gemv
 from .buffers import empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
-from .lowered import Rows, plain
+from .lowered import FEW_ROWS, Rows, plain
 from .packing import Packer, Panels
 from .panel_products import block_rows, quantize_rows
 from .quads import RECORD
@@ -32,11 +32,16 @@ class Matrix:
     """A float32 array (K, N) seen as a weight in column order."""
 
     encoding, order, scale, zero_point = "float32", "columns", 1.0, 0
+    first, in_tiles = 0, False
 
     def __init__(self, array):
         self.array = np.ascontiguousarray(array, np.float32)
         self.shape, self.address = array.shape, self.array.ctypes.data
         self.row_bytes = 4 * array.shape[1]
+
+    def tiles(self):
+        """All of it at once."""
+        yield self
 
 
 def _kernel(product, weight):
@@ -63,25 +68,80 @@ def prepared(weight):
     return Panels(weight) if Packer().panel_bytes(weight.ref) else Matrix(decode(weight))
 
 
-def calls(x, weight, out):
-    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in."""
-    (m, k), n = x.shape, weight.shape[1]
-    if m == 1:
-        kernel, where = _kernel("gemv", weight), (weight.address, weight.row_bytes, x.ctypes.data)
-        if weight.order == "columns":
-            each = gemv.sum_bytes(n)
-            sums, held = team().workspace(gemv.PARTS * each)
-            total = (gemv.gemv_columns_sum, sums, each, out.ctypes.data, n)
-            return [(kernel, *where, sums, each, n, k), total], (held,)
+def _workspace(nbytes, purpose):
+    return *team().workspace(nbytes), True
+
+
+class Kept:
+    """Memory for what the tiles of one product share: X as one kernel packs it, sums of parts.
+
+    It is the product's own: between two tiles another session may use the team's workspace.
+    """
+
+    def __init__(self):
+        self._purpose, self._memory = None, None
+
+    def room(self, nbytes, purpose):
+        """Address, what holds it, and whether it has yet to be filled for this purpose."""
+        fresh = self._purpose is not purpose
+        if fresh:
+            self._purpose, self._memory = purpose, empty(nbytes + 64, np.uint8)
+        return -(-self._memory.ctypes.data // 64) * 64, self._memory, fresh
+
+
+def calls(x, weight, out, kept=None):
+    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in.
+
+    The weight may be a tile, some of the stored rows: then they fill its columns of out or, in
+    column order, add its products to it; what the next tile needs stays in `kept`, a Kept.
+    """
+    room = _workspace if kept is None else kept.room
+    if len(x) == 1 and weight.order == "panels":
+        n, k = weight.shape[1], x.shape[1]
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
-        return [(kernel, *where, out.ctypes.data, n, k, scratch, each)], (held,)
+        where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data + 4 * weight.first
+        return [(_kernel("gemv", weight), *where, n, k, scratch, each)], (held,)
+    few = len(x) <= FEW_ROWS and weight.order != "panels"
+    return (_few if few else _many)(x, weight, out, room)
+
+
+def _few(x, weight, out, room):
+    """Each row of x alone gives the same, to the last bit."""
+    (m, k), (own, n) = x.shape, weight.shape
+    where = weight.address, weight.row_bytes, x.ctypes.data
+    kernel, y_step = _kernel("gemv", weight), out.strides[0]
+    if weight.order == "rows":
+        y = out.ctypes.data + 4 * weight.first
+        return [(kernel, *where, y, n, k, m, 4 * k, y_step)], ()
+    each = gemv.sum_bytes(n)
+    sums, held, _ = room(gemv.PARTS * m * each, kernel)
+    todo = [(kernel, *where, sums, each, n, k, m, 4 * k, weight.first, own)]
+    if weight.first + own == k:
+        todo.append((gemv.gemv_columns_sum, sums, each, out.ctypes.data, n, m, y_step))
+    return todo, (held,)
+
+
+def _many(x, weight, out, room):
+    """X is packed first: for a matrix in row order once for all of its tiles."""
+    (m, x_step), n = (len(x), x.strides[0]), weight.shape[1]
+    by_columns = weight.order == "columns"
+    k = weight.shape[0] if by_columns else x.shape[1]
     kernel = _kernel(f"gemm_{precision()}", weight)
     pack, nbytes, working, most = _layout(kernel, weight, m, k)
-    left, kept = team().workspace(nbytes)
+    left, kept, fresh = room(nbytes, pack)
     scratch, each, held = team().scratch(working)
-    source = (pack, x.ctypes.data, 4 * k, left, m, k, *most)
-    where = weight.address, weight.row_bytes, left, out.ctypes.data, 4 * n
-    return [source, (kernel, *where, m, n, k, *most, scratch, each)], (kept, held)
+    source, y, onto = x.ctypes.data, out.ctypes.data, ()
+    if by_columns:
+        source += 4 * weight.first
+    else:
+        y += 4 * weight.first
+    if weight.order != "panels":
+        onto = (int(by_columns and weight.first > 0),)
+    where = weight.address, weight.row_bytes, left, y, out.strides[0]
+    todo = [(kernel, *where, m, n, k, *onto, *most, scratch, each)]
+    if fresh or by_columns:
+        todo.insert(0, (pack, source, x_step, left, m, k, *most))
+    return todo, (kept, held)
 
 
 def _layout(kernel, weight, m, k):
@@ -103,9 +163,11 @@ def product(x, weight):
     if 0 in (*x.shape, *out.shape):
         out[:] = 0
         return out
-    todo, held = calls(x, weight, out)
-    team().run(todo)
-    del held
+    kept = Kept() if weight.in_tiles else None
+    for tile in weight.tiles():
+        todo, held = calls(x, tile, out, kept)
+        team().run(todo)
+        del held
     if weight.encoding == "uint8":
         out *= np.float32(weight.scale)
         out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)

@@ -17,7 +17,7 @@ from .device import physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_resident
-from .loading import prompt_chunk, prompt_precision
+from .loading import prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -65,7 +65,6 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.chunk = prompt_chunk(self.graph)
         past = {p.past_input for p in pairs}
         self._inputs = [v for v in graph.inputs if v.name not in past]
         presents = {p.present_output for p in pairs}
@@ -74,18 +73,19 @@ class LanguageModel:
         self.tokens: list[int] = []
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
-        sizes = {"chunk": self.chunk, "windows": 2 * (threads or physical_cores())}
-        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, **sizes)
+        windows = 2 * (threads or physical_cores())  # shares of the thread team
+        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
         spill = None if ram is None or kv_spill is None else Path(kv_spill)
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, optimize=False, reserve=reserve if spill else reserve[0],
             progress=progress,
         )  # fmt: skip
+        self.chunk = self.session.chunk
         try:
             self._cache = KVCache(
                 self.graph, pairs, kv_cache, self.context,
-                resident=self.session.reserve, spill=spill, **sizes,
+                resident=self.session.reserve, spill=spill, windows=windows,
             )  # fmt: skip
         except BaseException:
             self.session.close()

@@ -19,10 +19,9 @@ from . import formats, passes, trace
 from .device import parse_size, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose_reserve
+from .loading import choose_reserve, make_provider
 from .lowering import Replay
-from .packing import PackedProvider
-from .plan import Plan, describe, make_plan
+from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
 
@@ -70,10 +69,10 @@ class Session:
     """A model ready to run.
 
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
-    `load` says how weights are held: "ram", "mmap", "stream", or "auto" (mapped when they and the
-    work fit in free memory, else a budget with a margin); `ram` is a budget, bytes or a text such
-    as "2GB", of which `reserve` bytes are set aside for a cache, the first of several with which
-    the budget can be kept: it becomes the attribute. `threads` defaults to the physical cores;
+    `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
+    the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
+    as "2GB", of which `reserve` bytes are set aside for a cache, one of several where that depends
+    on the budget: it becomes the attribute. `threads` defaults to the physical cores;
     `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
@@ -107,19 +106,18 @@ class Session:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision
         self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
-        packs = load in ("auto", "ram") and ram is None
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
-        prepare(self.plan.panel_kernels if packs else self.plan.kernels)
+        prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        self.provider: WeightsProvider
-        self.provider, self.reserve = choose_reserve(self.plan, load, budget, reserve)
-        if packs and self.plan.packable and getattr(self.provider, "in_place", False):
-            internal("Threads")(self.threads)
-            self.provider = PackedProvider(
-                self.provider, self.plan.packable, packer, progress, tables=self.plan.tables
-            )
-        elif packs:
+        reserves = (reserve,) if isinstance(reserve, int) else reserve
+        holding, self.reserve = choose_reserve(
+            self.plan, load, budget, reserves, packer.panel_bytes
+        )
+        if holding.slots:
             prepare(self.plan.kernels)
+        internal("Threads")(self.threads)
+        self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
+        self.chunk = holding.chunk
         self._lock = threading.Lock()
         self._closed = False
         self._replay: Replay | None = None
@@ -174,8 +172,7 @@ class Session:
 
         The first run for one token over a cache is recorded.
         """
-        in_place = getattr(self.provider, "in_place", False)
-        if trace.current() is not None or not in_place or not _is_token(feeds):
+        if trace.current() is not None or not _is_token(feeds):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -188,7 +185,7 @@ class Session:
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
         replay = Replay(
-            self.plan, values, self._argument, internal("Table"), stop,
+            self.plan, values, self._argument, internal("Table"), self._is_lasting, stop,
             previous=known.values if known is not None else None,
         )  # fmt: skip
         self._replay = replay if replay.lowered else None
@@ -200,7 +197,7 @@ class Session:
             if stop is not None and stop.is_set():
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
-            arguments = [self._argument(values, name, native) for name, native in step.inputs]
+            arguments = [self._argument(values, name, form) for name, form in step.inputs]
             results = step.call(arguments)
             for name, result in zip(step.outputs, results, strict=False):
                 if name:
@@ -214,14 +211,21 @@ class Session:
                 nbytes = sum(ref.nbytes for ref in step.weights)
                 recording.record(step.node.op_type, time.perf_counter() - begun, nbytes)
 
-    def _argument(self, values: dict[str, Any], name: str, native: bool) -> Any:
+    def _argument(self, values: dict[str, Any], name: str, form: Form) -> Any:
         """An input as its operator wants it: in the engine's own form, or as an array."""
         if not name:
             return None
         value = values[name] if name in values else self.provider.get(self.graph.initializers[name])
-        if native or isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray):
+            return value
+        if isinstance(value, Weight) and (form is not Form.TILES or value.ref.parts):
+            value = value.whole()
+        if form:
             return value
         return self._decode(value) if isinstance(value, Weight) else np.asarray(value)
+
+    def _is_lasting(self, ref: WeightRef) -> bool:
+        return self.provider.get(ref).lasting
 
     def _results(
         self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any]
@@ -237,7 +241,7 @@ class Session:
         return results
 
     def _output(self, values: dict[str, Any], name: str) -> Any:
-        value = self._argument(values, name, native=True)
+        value = self._argument(values, name, Form.NATIVE)
         if isinstance(value, Weight):
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):

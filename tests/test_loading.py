@@ -205,7 +205,7 @@ def test_the_stream_never_holds_more_than_its_share(
     from onnxstream_nb import weights
 
     alive = most = 0
-    original: Callable[..., Any] = weights._Files.read
+    original: Callable[..., Any] = weights.Files.read
 
     def gone(nbytes: int) -> None:
         nonlocal alive
@@ -219,7 +219,7 @@ def test_the_stream_never_holds_more_than_its_share(
         weakref.finalize(buffer, gone, stop - start)
         return buffer
 
-    monkeypatch.setattr(weights._Files, "read", read)
+    monkeypatch.setattr(weights.Files, "read", read)
     with Session(model, ram=WORK + WINDOW, optimize=False) as session:
         runs(session, model, times=20)
     assert 0 < most <= WINDOW

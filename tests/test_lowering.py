@@ -49,7 +49,9 @@ def replaying(path: Path, threads: int = 1) -> LanguageModel:
 
 
 def plain(path: Path, threads: int = 1) -> LanguageModel:
-    return LanguageModel(path, load="stream", threads=threads)  # never recorded
+    model = LanguageModel(path, load="stream", threads=threads)
+    model.session._recordings_left = 0
+    return model
 
 
 def tokens(model: LanguageModel, count: int) -> list[np.ndarray]:

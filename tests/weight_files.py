@@ -74,7 +74,7 @@ class Reads:
         self.begun = 0
         self.gate = threading.Event()
         self.gate.set()
-        original = weights._Files.read
+        original = weights.Files.read
 
         def read(files: Any, ref: WeightRef, start: int = 0, stop: int | None = None) -> Any:
             self.begun += 1
@@ -87,7 +87,7 @@ class Reads:
             self.names.append(ref.name)
             return buffer
 
-        monkeypatch.setattr(weights._Files, "read", read)
+        monkeypatch.setattr(weights.Files, "read", read)
 
     def _gone(self, nbytes: int) -> None:
         self.alive -= nbytes
