@@ -13,9 +13,10 @@ from typing import Any, cast
 import numpy as np
 
 from . import passes
+from .device import physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_at
+from .kvcache import ArraySlot, KVCache, bytes_resident
 from .loading import prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
@@ -32,8 +33,9 @@ class LanguageModel:
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
     budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see KVSlot. With `all_logits` the head is
-    computed for every position, for `logits`. One caller at a time.
+    keeps keys and values in 8 bits instead of 16: see Slot. What of a full context's does not fit
+    `ram` lies in a file in the folder `kv_spill`; without one it has to fit. With `all_logits` the
+    head is computed for every position, for `logits`. One caller at a time.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class LanguageModel:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         device: str = "cpu",
         all_logits: bool = False,
         progress: Progress | None = None,
@@ -62,26 +65,37 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self._cache = KVCache(self.graph, pairs, kv_cache)
-        # Only Attention appends to its slots; a present computed otherwise is carried over here.
-        self._carried = {
-            slot: p.present_output
-            for p in pairs
-            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
-        }
-        self._inputs = [v for v in graph.inputs if v.name not in self._cache.slots]
+        past = {p.past_input for p in pairs}
+        self._inputs = [v for v in graph.inputs if v.name not in past]
         presents = {p.present_output for p in pairs}
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        windows = 2 * (threads or physical_cores())  # shares of the thread team
+        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
+        spill = None if ram is None or kv_spill is None else Path(kv_spill)
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
+            device=device, optimize=False, reserve=reserve if spill else reserve[0],
             progress=progress,
         )  # fmt: skip
         self.chunk = self.session.chunk
+        try:
+            self._cache = KVCache(
+                self.graph, pairs, kv_cache, self.context,
+                resident=self.session.reserve, spill=spill, windows=windows,
+            )  # fmt: skip
+        except BaseException:
+            self.session.close()
+            raise
+        # Only Attention appends to its slots; a present computed otherwise is carried over here.
+        self._carried = {
+            slot: p.present_output
+            for p in pairs
+            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -99,8 +113,13 @@ class LanguageModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the cache of keys and values takes now."""
+        """Bytes that the cache of keys and values takes now, in memory and on disk."""
         return self._cache.nbytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that are set aside for the cache on disk."""
+        return self._cache.disk_bytes
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
@@ -165,7 +184,7 @@ class LanguageModel:
     def close(self) -> None:
         """Let go of the weights and the cache."""
         self.session.close()
-        self._cache.slots.clear()
+        self._cache.close()
 
 
 def _context(graph: Graph, wanted: int | None) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import device
@@ -105,13 +106,35 @@ class Holding:
     slots: int = 0
 
 
+def choose_reserve(
+    choice: Callable[[int], Holding], reserves: Sequence[int]
+) -> tuple[Holding, int]:
+    """What `choose` says for a reserve, and which of several reserves it leaves: the first, which is the most, if
+    that can be and a prompt's passes do not become too short for it; else of the others the most
+    that costs the weights nothing. Raises as `choose` does for the last."""
+    first, *others = reserves
+    try:
+        holding = choice(first)
+        if not others or holding.chunk >= LEAST_CHUNK:
+            return holding, first
+    except MemoryBudgetError:
+        if not others:
+            raise
+    best = choice(others[-1])
+    for reserve in others[:-1]:
+        with suppress(MemoryBudgetError):
+            if choice(reserve) == best:
+                return best, reserve
+    return best, others[-1]
+
+
 def choose(
     plan: Plan,
     load: str,
     ram: int | None,
-    reserve: int,
     panel_bytes: Callable[[WeightRef], int],
-    reached: int = 0,
+    reached: int,
+    reserve: int,
 ) -> Holding:
     """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache, and
     `reached` is what the process took for a moment when it began.

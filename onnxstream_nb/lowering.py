@@ -62,9 +62,9 @@ class Replay:
     """A plan recorded while it ran for one token.
 
     Recording is a run of its own: its results are in `values`. `run` is for the next tokens: what
-    tables read keeps its shape, the cache stays where it is, and so do lasting weights; a step with
-    others runs from Python. `previous` are the values of an earlier recording: what had another
-    shape then is no table's business.
+    tables read keeps its shape, and lasting weights stay where they are, as a cache does; a step
+    with others runs from Python. `previous` are the values of an earlier recording: what had
+    another shape then is no table's business.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Replay:
         entries = [self._record(plan, step, stop) for step in plan.steps]
         self._fixed = _read_by_tables(entries, plan)
         self._parts = list(self._make_parts(entries, plan, make_table))
-        self._capacities = [slot.capacity for slot in self._slots]
 
     def _record(self, plan: Plan, step: Step, stop: threading.Event | None) -> _Entry:
         """Run one step, lowered where that is possible."""
@@ -152,7 +151,7 @@ class Replay:
         return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
     def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
-        """Whether these feeds have the shapes that tables read and the cache its recorded place.
+        """Whether these feeds have the shapes that tables read, and the cache has room.
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
@@ -167,11 +166,7 @@ class Replay:
             elif name in self._fixed and not _same_kind(known, feeds[name]):
                 return False
         moved = {slot.length - base for slot, base in zip(self._slots, self._base, strict=True)}
-        room = all(
-            slot.capacity == capacity and slot.length < capacity
-            for slot, capacity in zip(self._slots, self._capacities, strict=True)
-        )
-        return room and len(moved) <= 1
+        return len(moved) <= 1 and all(slot.length < slot.capacity for slot in self._slots)
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""

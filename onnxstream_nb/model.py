@@ -56,18 +56,21 @@ class Model:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
         `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
-        "f16". `progress` is called as work proceeds and may raise to give up.
+        "f16". What of it does not fit `ram` lies on disk, in the folder `kv_spill`, by default in
+        the cache; with "off" it has to fit. `progress` is called as work proceeds and may raise to
+        give up.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
         started = perf_counter()
         report("importing the engine", None)
-        from .hub import resolve
+        from .hub import resolve, spill_dir
         from .llm import LanguageModel
         from .tokenizer import load_tokenizer
 
@@ -82,6 +85,7 @@ class Model:
             context=context,
             precision=precision,
             kv_cache=kv_cache,
+            kv_spill=spill_dir(kv_spill),
             device=device,
             progress=report,
         )

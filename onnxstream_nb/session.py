@@ -19,7 +19,7 @@ from . import formats, passes, trace
 from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose, make_provider
+from .loading import choose, choose_reserve, make_provider
 from .lowering import Replay
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
@@ -71,8 +71,9 @@ class Session:
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
     the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
-    as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
-    cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
+    as "2GB", of which `reserve` bytes are set aside for a cache, one of several where that depends
+    on the budget: it becomes the attribute. `threads` defaults to the physical cores;
+    `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
     "cpu". `optimize=False` runs the graph as it stands. `progress(text,
@@ -92,7 +93,7 @@ class Session:
         precision: str = PRECISION,
         device: str = "cpu",
         optimize: bool = True,
-        reserve: int = 0,
+        reserve: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> None:
         peak = peak_rss()
@@ -110,7 +111,10 @@ class Session:
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
-        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes, reached)
+        holding, self.reserve = choose_reserve(
+            partial(choose, self.plan, load, budget, packer.panel_bytes, reached),
+            (reserve,) if isinstance(reserve, int) else reserve,
+        )
         if holding.slots:
             prepare(self.plan.kernels)
         internal("Threads")(self.threads)
@@ -168,7 +172,7 @@ class Session:
     ) -> dict[str, Any] | None:
         """The values after a replay of one token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded, and so is one after the cache moved.
+        The first run for one token over a cache is recorded.
         """
         if trace.current() is not None or not _is_token(feeds):
             return None
@@ -270,7 +274,7 @@ def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(type(slot), "address") for slot in slots):
+    if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return False
     total = slots[0].length + 1  # what an attention mask covers
     return all(f.size in (1, total) for f in arrays)

@@ -106,6 +106,7 @@ class FakeLanguageModel:
         type(self).made = self
         self.graph, self.options, self.closed = graph, options, False
         self.vocab_size, self.bytes_per_token, self.tokens = 99, 5000, 0
+        self.spilled_bytes = 0
         self.precision = "exact"
         self.feeds: list[tuple[int, int]] = []
         self.clock = 0.0
@@ -255,7 +256,7 @@ def test_facts_count_tied_weights_once_and_bodies_too(monkeypatch: pytest.Monkey
         {"encoding": "float32", "tensors": 1, "parameters": 32, "size_bytes": 128},
     ]
     assert (facts["weights_bytes"], facts["parameters"]) == (5576, 4256)
-    position = 2 * 8 * 4 * 5 // 4  # float32, for no Attention reads it; a quarter to grow by
+    position = 2 * 8 * 4  # float32, for no Attention reads it
     assert (facts["context"], facts["cache_bytes"]) == (50, 50 * position)
     assert report.graph_facts(graph(), 10)["cache_bytes"] == 10 * position
     json.dumps(facts)
@@ -267,7 +268,7 @@ def test_overview_and_operators_as_text(monkeypatch: pytest.MonkeyPatch) -> None
     facts = report.graph_facts(graph())
     text = report.overview_text(facts)
     assert "opset      ai.onnx 23, com.example 1" in text
-    assert "memory     9.58 kB: weights 5.58 kB + cache 4.00 kB for 50 tokens; 5.00 kB free" in text
+    assert "memory     8.78 kB: weights 5.58 kB + cache 3.20 kB for 50 tokens; 5.00 kB free" in text
     assert "(does not fit: weights will be streamed)" in text
     assert "inputs     input_ids  int64 (1, sequence)" in text
     assert "outputs    v  float32 of any shape" in text

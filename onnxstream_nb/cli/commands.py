@@ -94,7 +94,7 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how weights are held, as Model.load takes them."""
-    names = ("load", "ram", "threads", "context", "precision", "kv_cache")
+    names = ("load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill")
     return {name: options[name] for name in names}
 
 

@@ -28,6 +28,13 @@ KV_CACHE = Option(
     "KIND",
     default="f16",
 )
+KV_SPILL = Option(
+    ("--kv-spill",),
+    "folder for keys and values that --ram has no room for, or off: then they must fit; default: in"
+    " the cache",
+    text,
+    "DIR",
+)
 LOADING = (
     Option(
         ("--load",),
@@ -41,6 +48,7 @@ LOADING = (
     THREADS,
     PRECISION,
     KV_CACHE,
+    KV_SPILL,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SAMPLING = (
