@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .buffers import empty
+from .buffers import contiguous, empty
 from .cache import AT, cache_append
 from .decode_attention import attention_decode, partial_bytes
 from .decode_attention import scratch_bytes as decode_scratch_bytes
@@ -32,17 +32,19 @@ def _heads(x, heads):
                 "q_num_heads and kv_num_heads are needed for 3-D inputs"
             )
         x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
-    x = x if x.dtype == np.float32 else x.astype(np.float32)
-    return x if x.strides[3] == 4 else np.ascontiguousarray(x)
+    return x if x.dtype == np.float32 and x.strides[3] == 4 else contiguous(x, np.float32)
 
 
 def _blocked_keys(k):
     """(B, KV, S, D) -> (B, KV, S / 32, D, 32), S padded with zeros."""
     b, heads, s, d = k.shape
-    keys = np.zeros((b, heads, -(-s // 32) * 32, d), np.float32)
-    keys[:, :, :s] = k
-    blocks = keys.reshape(b, heads, keys.shape[2] // 32, 32, d).swapaxes(3, 4)
-    return np.ascontiguousarray(blocks)
+    blocks, whole = empty((b, heads, -(-s // 32), d, 32)), s // 32
+    for i in range(whole):
+        blocks[:, :, i] = k[:, :, 32 * i : 32 * i + 32].swapaxes(2, 3)
+    if whole < blocks.shape[2]:
+        blocks[:, :, whole] = 0
+        blocks[:, :, whole, :, : s % 32] = k[:, :, 32 * whole :].swapaxes(2, 3)
+    return blocks
 
 
 def _additive(mask, keys):
@@ -78,7 +80,7 @@ def _mask_view(mask, shape):
         return None, (0, 0, 0, 0)
     # Keys must be contiguous; the other axes may repeat.
     if mask.shape[-1] != shape[-1] or mask.strides[-1] != 4:
-        mask = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
+        mask = contiguous(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
     wide = np.broadcast_to(mask, shape)
     return mask, (wide.ctypes.data, *wide.strides[:3])
 
@@ -104,7 +106,7 @@ def _rows(q, kv_heads, stored, count, value_size, mask, scale, softcap, options)
 
 def _plain(q, k, v, mask, scale, softcap, options):
     """The calls for attention over arrays."""
-    v = v if v.strides[3] == 4 else np.ascontiguousarray(v)
+    v = v if v.strides[3] == 4 else contiguous(v)
     keys = _blocked_keys(k)
     stored = (keys.ctypes.data, *keys.strides[:2], v.ctypes.data, *v.strides[:2], 128, v.strides[2],
               0, 0, 0)  # fmt: skip
@@ -262,6 +264,6 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     if flat:
         y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
     else:
-        y = np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+        y = contiguous(y.transpose(0, 2, 1, 3))
     outputs = (y.astype(dtype, copy=False), present_key, present_value, scores)
     return outputs[0] if n_outputs == 1 else outputs[:n_outputs]
