@@ -5,8 +5,9 @@ Shapes: none; addresses and sizes are in bytes.
 Fresh memory comes from the system a page at a time, zeroed: for the activations of a long prompt
 that took a fifth of the time of a pass. So the arena keeps what it has touched, and gives pages
 back when it is told to. It reserves one long range of addresses, of which pages that nobody has
-written to cost nothing, and puts each array at the lowest place where it fits: what has been
-touched stays close to the most that was alive at once, whatever the sizes and their order.
+written to cost nothing, and puts each array at the lowest place where it fits. Holes between arrays
+that nothing fits in are given back before what has been touched exceeds the most that was alive at
+once by more than an eighth: for any sizes in any order, addresses are wasted and not memory.
 """
 
 import math
@@ -25,6 +26,7 @@ from .intervals import Intervals
 SMALL = 1 << 16  # bytes: below, NumPy's own allocator keeps memory at hand
 LINE = 64  # every array begins on a cache line
 PAGE = mmap.PAGESIZE
+SLACK = 8  # touched memory exceeds the most that was alive by this part at most
 RANGE = 1 << 26  # bytes reserved at a time where addresses are dear
 SPARSE = hasattr(mmap, "MADV_DONTNEED")  # untouched pages cost nothing, touched ones can go
 
@@ -51,6 +53,10 @@ def _address_space():
 
 def _up(value, step):
     return -(-value // step) * step
+
+
+def _down(value, step):
+    return value // step * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,27 +90,19 @@ class _Range:
         except OSError as error:
             raise MemoryError(f"the system has no {needed} bytes for an array: {error}") from error
 
-    def idle(self):
-        """The intervals that were touched and are free, the highest first."""
-        return [
-            (span, part)
-            for span in reversed(self.free.spans)
-            for part in reversed(self.touched.overlap(*span))
-        ]
-
     def give_back(self, most):
-        """Give whole idle pages back to the system, from above, until it is `most` bytes or more;
-        how many it was."""
+        """Give idle pages back to the system, the highest first, until it is `most` bytes or all;
+        how many it was. A page that an array has a part of stays."""
         given = 0
-        for span, (start, stop) in self.idle():
-            if given >= most:
-                break
-            start, stop = _up(max(start, stop - most + given), PAGE), _up(stop, PAGE)
-            stop = min(stop, span[1] // PAGE * PAGE)
-            if start < stop:
-                self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
-                given += sum(b - a for a, b in self.touched.overlap(start, stop))
-                self.touched.remove(start, stop)
+        for low, high in reversed(self.free.spans):
+            for start, stop in reversed(self.touched.overlap(low, high)):
+                start = max(_up(low, PAGE), _down(max(start, stop - most + given), PAGE))
+                stop = min(_down(high, PAGE), _up(stop, PAGE))
+                if given < most and start < stop:
+                    before = self.touched.total
+                    self.memory.madvise(mmap.MADV_DONTNEED, start, stop - start)
+                    self.touched.remove(start, stop)
+                    given += before - self.touched.total
         return given
 
 
@@ -129,9 +127,12 @@ class Arena:
             self._collect()
             home, start = self._place(size)
             home.free.remove(start, start + size)
-            home.touched.add(start, start + size)
             self._live += size
-            self._note_peaks()
+            self._peak_live = max(self._peak_live, self._live)
+            fresh = size - sum(b - a for a, b in home.touched.overlap(start, start + size))
+            self._give_back(self._touched() + fresh - self._peak_live - self._peak_live // SLACK)
+            home.touched.add(start, start + size)
+            self._peak_touched = max(self._peak_touched, self._touched())
         array = np.ndarray(shape, dtype, buffer=home.memory, offset=start)
 
         def died(reference):
@@ -157,9 +158,12 @@ class Arena:
             home.free.add(start, start + size)
             self._live -= size
 
-    def _note_peaks(self):
-        self._peak_live = max(self._peak_live, self._live)
-        self._peak_touched = max(self._peak_touched, self._touched())
+    def _give_back(self, most):
+        """Give back idle pages until it is `most` bytes or all."""
+        for home in reversed(self._ranges if SPARSE else []):
+            if most <= 0:
+                return
+            most -= home.give_back(most)
 
     def _touched(self):
         return sum(home.touched.total for home in self._ranges)
@@ -181,14 +185,9 @@ class Arena:
         with self._lock:
             self._collect()
             excess = self._touched() - self._live - keep
-            for home in reversed(self._ranges if excess > 0 else []):
-                if home.touched.total <= excess and home.free.total == len(home.memory):
-                    excess -= home.touched.total
-                    self._ranges.remove(home)  # with it goes the mapping
-                elif SPARSE:
-                    excess -= home.give_back(excess)
-                if excess <= 0:
-                    break
+            if excess > 0 and (keep == 0 or not SPARSE):  # with its last reference goes a mapping
+                self._ranges = [r for r in self._ranges if r.free.total < len(r.memory)]
+            self._give_back(self._touched() - self._live - keep)
 
 
 _arena = Arena()

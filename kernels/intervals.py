@@ -41,7 +41,7 @@ class Intervals:
     def remove(self, start, stop):
         """Let go of start .. stop, whether it is there or not."""
         first, behind = self._within(start, stop)
-        if first >= behind or start >= stop:
+        if first >= behind:
             return
         left, right = (self.spans[first][0], start), (stop, self.spans[behind - 1][1])
         self.spans[first:behind] = [s for s in (left, right) if s[0] < s[1]]
@@ -57,5 +57,7 @@ class Intervals:
 
     def _within(self, start, stop):
         """The places of those that share an element with start .. stop."""
+        if start >= stop:
+            return 0, 0
         first = bisect_right(self.spans, start, key=_stop)
         return first, bisect_left(self.spans, stop, key=_start)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
+IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
+IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -122,6 +124,7 @@ class Session:
         self._closed = False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
+        self._arena, self._has_budget = internal("Arena")(), ram is not None
         self._decode = internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
@@ -163,6 +166,8 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
+            token = self._has_budget and _is_token(checked)
+            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -254,6 +259,7 @@ class Session:
         with self._lock:
             self._closed, self._replay = True, None
             getattr(self.provider, "close", lambda: None)()
+            self._arena.trim()
 
     def __enter__(self) -> Session:
         return self
