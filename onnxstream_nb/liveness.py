@@ -10,7 +10,7 @@ and the slots of a cache are counted elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -101,6 +101,9 @@ class Lives:
         self._unknown: dict[str, None] = {}
         self.memories: list[Memory] = []
         self.working: list[int] = []
+        for name, ref in graph.initializers.items():
+            if ref.encoding in ("raw", ref.dtype):  # a look at it is one at the provider's bytes
+                self._outline(name, ref.shape, itemsize(ref.dtype))
         for name in (v.name for v in graph.inputs if v.name not in graph.initializers):
             self._place(name, 0)
         for step, node in enumerate(graph.nodes):
@@ -119,25 +122,26 @@ class Lives:
 
     def totals(self) -> list[int]:
         """Bytes held during each step."""
-        change = [0] * (len(self._graph.nodes) + 1)
+        steps = len(self._graph.nodes)
+        change = [0] * (steps + 2)
         for memory in self.memories:
             change[memory.first] += memory.nbytes
             change[memory.last + 1] -= memory.nbytes
-        return list(accumulate(change))[:-1]
+        return list(accumulate(change))[:steps]
 
     def _take(self, step: int, node: Node) -> None:
         for name in node.inputs:
             self._touch(name, step)
         operator = lookup(node.op_type, node.domain, self._graph.opset.get(node.domain, 1))
         views = self._views(node, operator)
-        for i, name in enumerate(node.outputs):
-            source = self._outlines.get(node.inputs[0]) if views else None
-            if source is not None and np.may_share_memory(views[i], source):
-                self._outlines[name] = views[i]
-                if node.inputs[0] in self._homes:
-                    self._homes[name] = self._homes[node.inputs[0]]
-            elif name:
+        for name in filter(None, node.outputs):
+            view, seen = views.get(name), node.inputs[0] if node.inputs else ""
+            if view is None or not np.may_share_memory(view, self._outlines[seen]):
                 self._place(name, step)
+                continue
+            self._outlines[name] = view.view(_Outline)
+            if seen in self._homes:
+                self._homes[name] = self._homes[seen]
         self.working.append(self._working(node, operator))
 
     def _touch(self, name: str, step: int) -> None:
@@ -167,23 +171,24 @@ class Lives:
         self._outlines[name] = np.asarray(Place()).view(_Outline)
         self._next += math.prod(shape) * size + _GAP
 
-    def _views(self, node: Node, operator: Operator | None) -> Sequence[Any]:
+    def _views(self, node: Node, operator: Operator | None) -> Mapping[str, Any]:
         """What an operator of views makes of its first input; nothing when it must copy."""
-        if operator is None or not operator.view:
-            return ()
+        if operator is None or not operator.view or not operator.attributes >= set(node.attributes):
+            return {}
         source, others = self._outlines.get(node.inputs[0]), node.inputs[1:]
         arguments = [self._shapes.constant(name) if name else None for name in others]
         unknown = any(a is None and name for a, name in zip(arguments, others, strict=True))
-        if source is None or unknown:
-            return ()
+        if source is None or unknown or any(self._shapes.sizes(o) is None for o in node.outputs):
+            return {}
         attributes = dict(node.attributes)
         if operator.wants_outputs:
             attributes["n_outputs"] = len(node.outputs)
         try:
             result = operator.function(source, *arguments, **attributes)
         except _Copied:
-            return ()
-        return result if isinstance(result, (tuple, list)) else (result,)
+            return {}
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        return dict(zip(node.outputs, results, strict=False))
 
     def _working(self, node: Node, operator: Operator | None) -> int:
         if operator is None or operator.working is None:

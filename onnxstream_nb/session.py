@@ -204,10 +204,9 @@ class Session:
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
             arguments = [self._argument(values, name, native) for name, native in step.inputs]
-            results = step.call(arguments)
-            for name, result in zip(step.outputs, results, strict=False):
-                if name:
-                    values[name] = result
+            named = zip(step.outputs, step.call(arguments), strict=False)
+            values.update((name, result) for name, result in named if name)
+            del arguments, named  # or what dies now would live through the next step
             for ref in step.weights:
                 self.provider.release(ref)
             for name in step.dead:
