@@ -316,7 +316,7 @@ def test_inspect_plan_ends_with_what_is_alive(
     path = str(saved_chain(tmp_path / "m.onnx"))
     assert cli.main(["inspect", path, "--plan", "--tokens", "10"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "    0  MatMul  x, W:float32[300, 200] -> p",
+        "    0  MatMul  x, W:raw[300, 200] -> p",
         "    1  Relu    p -> y",
         "",
         "activations 20.0 kB at n=10 (step 0, MatMul; liveness bound)",
