@@ -12,6 +12,7 @@ from . import device
 from .errors import MemoryBudgetError, UsageError
 from .files import room
 from .graph import Graph, WeightRef
+from .liveness import bound_for_tokens
 from .packing import PackedProvider, Packer, panels_bytes
 from .plan import Form, Plan
 from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, by_rows, cut
@@ -19,6 +20,7 @@ from .weights import MmapProvider, RamProvider, WeightsProvider
 
 MARGIN = 0.1  # of the free memory, left to the rest of the machine
 BASE = 24_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
+GAPS = 1.15  # what the arena of activations was seen to take of the bound on them, and more
 ARRAYS = 5  # a pass's widest moment, in inputs and outputs of its largest product (gate * up: 4)
 CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 LEAST_CHUNK = 32
@@ -48,7 +50,6 @@ def prompt_precision(graph: Graph) -> str:
 def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
     """Bytes that a run takes beside weights and cache, roughly: a chunk's activations, and the
     largest weights that an operator gets decoded, or gathered from the pieces of a stream."""
-    widest = max((sum(ref.shape) for ref in _prompt_matrices(plan.graph)), default=0)
     refs, packable = plan.graph.initializers, {ref.matrix for ref in plan.packable}
     tables = {ref.matrix for ref in plan.tables}
     made = max(
@@ -62,7 +63,16 @@ def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
         ),
         default=0,
     )
-    return BASE + ARRAYS * 4 * chunk * widest + made
+    return BASE + _activations(plan, chunk) + made
+
+
+def _activations(plan: Plan, chunk: int) -> int:
+    """Bytes of a pass's arrays, and what the arena that they are in loses in gaps."""
+    known = bound_for_tokens(plan, chunk)
+    if known is not None:
+        return int(GAPS * known)
+    widest = max((sum(ref.shape) for ref in _prompt_matrices(plan.graph)), default=0)
+    return ARRAYS * 4 * chunk * widest
 
 
 def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
@@ -109,7 +119,7 @@ class Holding:
 def choose_reserve(
     choice: Callable[[int], Holding], reserves: Sequence[int]
 ) -> tuple[Holding, int]:
-    """What `choose` says for a reserve, and which of several reserves it leaves: the first, which is the most, if
+    """What `choose` says for one of several reserves, and which: the first, which is the most, if
     that can be and a prompt's passes do not become too short for it; else of the others the most
     that costs the weights nothing. Raises as `choose` does for the last."""
     first, *others = reserves

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
+IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
+IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -124,6 +126,7 @@ class Session:
         self._closed = False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
+        self._arena, self._has_budget = internal("Arena")(), ram is not None
         self._decode = internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
@@ -165,6 +168,8 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
+            token = self._has_budget and _is_token(checked)
+            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -200,10 +205,9 @@ class Session:
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
             arguments = [self._argument(values, name, form) for name, form in step.inputs]
-            results = step.call(arguments)
-            for name, result in zip(step.outputs, results, strict=False):
-                if name:
-                    values[name] = result
+            named = zip(step.outputs, step.call(arguments), strict=False)
+            values.update((name, result) for name, result in named if name)
+            del arguments, named  # or what dies now would live through the next step
             for ref in step.weights:
                 self.provider.release(ref)
             for name in step.dead:
@@ -262,6 +266,7 @@ class Session:
         with self._lock:
             self._closed, self._replay = True, None
             getattr(self.provider, "close", lambda: None)()
+            self._arena.trim()
 
     def __enter__(self) -> Session:
         return self

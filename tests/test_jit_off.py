@@ -27,7 +27,9 @@ def test_a_sample_of_the_kernels() -> None:
     assert uncompiled(str(HERE / "kernel_sample.py")).splitlines() == wanted
 
 
-@pytest.mark.parametrize("file", ["test_vector.py", "test_quads.py", "test_bf16.py"])
+@pytest.mark.parametrize(
+    "file", ["test_vector.py", "test_quads.py", "test_bf16.py", "test_buffers.py"]
+)
 def test_the_twins_of_the_primitives(file: str) -> None:
     out = uncompiled("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file))
     assert " passed" in out and "failed" not in out

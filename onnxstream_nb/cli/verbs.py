@@ -144,8 +144,15 @@ PERPLEXITY = (
     *LOADING[:-1], JSON, TRACE,
 )  # fmt: skip
 INSPECT = (
-    Option(("--plan",), "print what will run, in order", truth, default=False),
+    Option(
+        ("--plan",), "print what will run, in order, and what is alive at its widest step",
+        truth, default=False,
+    ),
     Option(("--ops",), "only the table of operators", truth, default=False),
+    Option(
+        ("--tokens",), "a pass's tokens (or other open sizes), for its activations; default 512",
+        whole(1), "N", default=512,
+    ),
     LOADING[-1], JSON,
 )  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
