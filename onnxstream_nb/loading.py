@@ -202,7 +202,7 @@ def _budget(
     left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
         raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
-    more = min(MOST_PIECES - LEAST_PIECES, left // 8 // slot) if slot else 0
+    more = min(MOST_PIECES - LEAST_PIECES, left // 2 // slot) if slot else 0
     held = _shares(plan, sizes, left - more * slot)
     return Holding("stream", chunk, held=held, slots=LEAST_PIECES + more)
 

@@ -24,7 +24,7 @@ from .weights import DiskProvider, RamProvider, WeightsProvider
 PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit a small budget
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
-READERS = 2  # reads under way at a time: more are no faster, and wake more threads
+READERS = 3  # reads under way at a time: more are no faster, and wake more threads
 
 
 @dataclass(frozen=True, slots=True, eq=False)
