@@ -31,7 +31,7 @@ def gather(data, indices, *, axis=0):
         flat = np.ascontiguousarray(wanted).reshape(-1)
         if rows and not is_plain(data):
             return decode_rows(data, flat).reshape(*wanted.shape, data.shape[1])
-        if rows and data.read_rows is not None and flat.size:
+        if rows and data.read_rows is not None:
             return data.read_rows(flat).view(data.dtype).reshape(*wanted.shape, data.shape[1])
         data = decode(data)
     if data.dtype.hasobject:

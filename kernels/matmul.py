@@ -176,7 +176,13 @@ def product(x, weight):
 
 def lower_matmul(a, b):
     """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
-    if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
+    if (
+        isinstance(b, np.ndarray)
+        or len(b.shape) != 2
+        or not plain(a)
+        or a.size != b.shape[0]
+        or b.encoding == "uint8"
+    ):
         return None
     if not is_ready(b):
         return None
@@ -211,6 +217,8 @@ def packing_bytes(a, b, c=None):
     working=packing_bytes)  # fmt: skip
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
+    if not isinstance(b, np.ndarray) and len(b.shape) != 2:
+        b = decode(b.whole())
     if not isinstance(b, np.ndarray):
         x, b = _rows(a), prepared(b)
         return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)

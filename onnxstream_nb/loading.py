@@ -80,7 +80,7 @@ def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
     gathered = ref.nbytes if streams and (form is not Form.TILES or not by_rows(ref)) else 0
     if ref.parts and form:
         return gathered + (2 * ref.nbytes if packable else 9 * math.prod(ref.shape))
-    if form or ref.encoding in ("raw", ref.dtype):
+    if (form and len(ref.shape) == 2) or ref.encoding in ("raw", ref.dtype):
         return gathered
     return gathered + 4 * math.prod(ref.shape)
 
