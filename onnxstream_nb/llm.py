@@ -33,7 +33,8 @@ class LanguageModel:
     budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
     keeps keys and values in 8 bits instead of 16: see KVSlot. `logit_chunk` is how many positions
-    `logits` computes at a time; `passes` counts passes over the weights. One caller at a time.
+    `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
+    over the weights. One caller at a time.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class LanguageModel:
         self.context = _context(graph, context)
         self.chunk, self.logit_chunk = prompt_chunk(self.graph), logit_chunk(self.graph)
         self._cache = KVCache(self.graph, pairs, kv_cache)
+        self._pairs, self._kv_cache = pairs, kv_cache
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
             slot: p.present_output
@@ -71,6 +73,7 @@ class LanguageModel:
         self._inputs = [v for v in self.graph.inputs if v.name not in self._cache.slots]
         presents = {p.present_output for p in pairs}
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        self.every_position = _gives_every_position(graph)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         self.passes = 0
@@ -87,6 +90,16 @@ class LanguageModel:
         """V, as the graph declares it; 0 when it does not."""
         size = (self._logits.shape or (0,))[-1]
         return size if isinstance(size, int) else int(self.graph.metadata.get("vocab_size", 0))
+
+    @property
+    def streams(self) -> bool:
+        """Whether every pass reads weights anew, those that are not kept."""
+        return not getattr(self.session.provider, "in_place", False)
+
+    @property
+    def full_cache_bytes(self) -> int:
+        """Bytes that the cache takes at most, on its way to the whole context."""
+        return bytes_at(self.graph, self._pairs, self.context, self._kv_cache)
 
     @property
     def bytes_per_token(self) -> int:
@@ -181,6 +194,13 @@ def _context(graph: Graph, wanted: int | None) -> int:
     return wanted
 
 
+def _gives_every_position(graph: Graph) -> bool:
+    """Whether the logits are declared as long as the ids; exports may cut them to the last."""
+    shapes = {v.name: v.shape for v in (*graph.inputs, *graph.outputs)}
+    ids, logits = shapes.get("input_ids"), shapes.get("logits")
+    return ids is not None and logits is not None and ids[1:2] == logits[1:2]
+
+
 _KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", passes.LOGIT_ROWS)
 
 
@@ -204,3 +224,10 @@ def _feed(value: Value, ids: list[int], past: int, rows: Sequence[int]) -> Any:
     if value.name == passes.LOGIT_ROWS:
         return np.array(rows, dtype)
     raise ShapeError(f"no feed for input {value.name}")
+
+
+def declared(path: str | Path) -> tuple[int, int]:
+    """(context in tokens, bytes of the weights) of the model at `path`, which is not opened."""
+    graph = load_graph(path)
+    sizes = {ref.key: ref.nbytes for ref in graph.initializers.values()}
+    return _context(graph, None), sum(sizes.values())
