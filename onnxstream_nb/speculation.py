@@ -124,6 +124,8 @@ class DraftModel:
         llm, ids = self._llm, list(text)
         guesses: list[Guess] = []
         llm.rewind(common_prefix(llm.tokens, text[:-1]))
+        if 0 < llm.vocab_size <= max(ids[len(llm.tokens) :]):
+            return guesses  # an id that pads the checked model's vocabulary
         chance = self.rate
         while len(guesses) < most and len(ids) <= llm.context and (not guesses or chance >= worth):
             logits = self._fitted(llm.feed(ids[len(llm.tokens) :], stop))
