@@ -40,6 +40,19 @@ def prompt_chunk(graph: Graph) -> int:
     return chunk
 
 
+def logit_chunk(graph: Graph) -> int:
+    """How many positions' logits one pass gives: their product with the head takes no longer than
+    the largest of a prompt may, and they no more memory than a prompt's pass at its widest."""
+    most = ARRAYS * prompt_chunk(graph) * _widest(graph)
+    chunk = prompt_chunk(graph)
+    for head in _heads(graph):
+        while chunk > LEAST_CHUNK and (
+            2 * chunk * math.prod(head.shape) > OPERATIONS or 2 * chunk * sum(head.shape) > most
+        ):
+            chunk //= 2
+    return chunk
+
+
 def prompt_precision(graph: Graph) -> str:
     """What `auto` means: "fast" when a prompt meets plain floats, which bfloat16 rounds; "exact"
     for block encodings, whose products are in integers at either precision."""
@@ -66,13 +79,17 @@ def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
     return BASE + _activations(plan, chunk) + made
 
 
+def _widest(graph: Graph) -> int:
+    """Elements of input and output of the largest product, for each token of a prompt."""
+    return max((sum(ref.shape) for ref in _prompt_matrices(graph)), default=0)
+
+
 def _activations(plan: Plan, chunk: int) -> int:
     """Bytes of a pass's arrays, and what the arena that they are in loses in gaps."""
     known = bound_for_tokens(plan, chunk)
     if known is not None:
         return int(GAPS * known)
-    widest = max((sum(ref.shape) for ref in _prompt_matrices(plan.graph)), default=0)
-    return ARRAYS * 4 * chunk * widest
+    return ARRAYS * 4 * chunk * _widest(plan.graph)
 
 
 def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
@@ -86,19 +103,30 @@ def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
 
 
 def _prompt_matrices(graph: Graph) -> Iterator[WeightRef]:
-    """The weights (K, N) that are multiplied with every token of a prompt; not a head's, which
-    gets the one position that was picked for it."""
-    producers = graph.producers()
+    """The weights (K, N) that are multiplied with every token of a prompt; not a head's."""
+    return (ref for ref, is_head in _matrices(graph) if not is_head)
+
+
+def _heads(graph: Graph) -> Iterator[WeightRef]:
+    """The weights (K, N) that are multiplied with the positions that were picked for them."""
+    return (ref for ref, is_head in _matrices(graph) if is_head)
+
+
+def _matrices(graph: Graph) -> Iterator[tuple[WeightRef, bool]]:
+    """The weights (K, N) of products, and whether that is with some positions only: those of one
+    constant index, or of an input. (A table's rows are no positions.)"""
+    producers, inputs = graph.producers(), {value.name for value in graph.inputs}
     for node in graph.nodes:
         ref = graph.initializers.get(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") else None
         if ref is None or len(ref.shape) != 2:
             continue
-        before = producers.get(node.inputs[0])
+        before, picked = producers.get(node.inputs[0]), False
         if before is not None and before.op_type == "Gather":
             index = graph.initializers.get(before.inputs[1])
-            if index is not None and math.prod(index.shape) == 1:
-                continue
-        yield ref
+            one = index is not None and math.prod(index.shape) == 1
+            from_table = before.inputs[0] in graph.initializers
+            picked = one or (before.inputs[1] in inputs and not from_table)
+        yield ref, picked
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ ROOMS = {
     "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
     "spill": "kvcache",
     "liveness": "session", "shapes": "session",
+    "speculation": "model", "drafting": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 

@@ -22,7 +22,7 @@ def prepared(path: Path) -> Graph:
     from ..session import decode_constant, load_graph
 
     graph = passes.optimize(load_graph(path), decode_constant)
-    return passes.rewrite_last_logits(graph) if passes.find_cache(graph) else graph
+    return passes.rewrite_logit_rows(graph) if passes.find_cache(graph) else graph
 
 
 def activation_facts(graph: Graph, tokens: int) -> Facts:
