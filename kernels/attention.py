@@ -8,18 +8,15 @@ import math
 
 import numpy as np
 
-from ..errors import ShapeError, UnsupportedError
+from ..errors import ShapeError
 from ..registry import op
-from .attention_masks import additive, hides_what_follows, limits, mask_view
-from .buffers import empty
-from .cache import AT, NEW_K, NEW_K_TOKEN, NEW_V, NEW_V_TOKEN, cache_append
-from .decode_attention import attention_decode, partial_bytes
-from .decode_attention import scratch_bytes as decode_scratch_bytes
-from .flash import BEFORE, BYTE, CAUSAL, HALF
-from .flash_bf16 import BY_PRECISION
-from .lowered import FEW_ROWS, Rows, plain
-from .threads import precision, team
+from .attention_calls import cached_rows, prompt_rows
+from .buffers import contiguous, empty
+from .flash import BEFORE, CAUSAL
+from .lowered import plain
+from .spilled_attention import spilled_rows
 
+NONE = np.float32(-np.inf)
 USES = ("attention_{precision}", "attention_decode", "cache_append")
 
 
@@ -32,136 +29,58 @@ def _heads(x, heads):
                 "q_num_heads and kv_num_heads are needed for 3-D inputs"
             )
         x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
-    x = x if x.dtype == np.float32 else x.astype(np.float32)
-    return x if x.strides[3] == 4 else np.ascontiguousarray(x)
+    return x if x.dtype == np.float32 and x.strides[3] == 4 else contiguous(x, np.float32)
 
 
 def _blocked_keys(k):
     """(B, KV, S, D) -> (B, KV, S / 32, D, 32), S padded with zeros."""
     b, heads, s, d = k.shape
-    keys = np.zeros((b, heads, -(-s // 32) * 32, d), np.float32)
-    keys[:, :, :s] = k
-    blocks = keys.reshape(b, heads, keys.shape[2] // 32, 32, d).swapaxes(3, 4)
-    return np.ascontiguousarray(blocks)
+    blocks, whole = empty((b, heads, -(-s // 32), d, 32)), s // 32
+    for i in range(whole):
+        blocks[:, :, i] = k[:, :, 32 * i : 32 * i + 32].swapaxes(2, 3)
+    if whole < blocks.shape[2]:
+        blocks[:, :, whole] = 0
+        blocks[:, :, whole, :, : s % 32] = k[:, :, 32 * whole :].swapaxes(2, 3)
+    return blocks
 
 
-def _rows(q, kv_heads, stored, count, out, mask, scale, softcap, options):
-    """The call that computes out (B, T, H, E); `stored` are the kernel's K .. SCALES_HEAD."""
-    (b, h, t, d), value_size = q.shape, out.shape[3]
-    if 0 in out.shape:
-        return Rows((out,), [])
-    mask, view = mask_view(mask, (b, h, t, count))
-    numbers = np.array([scale, softcap])
-    attention, scratch_bytes = BY_PRECISION[precision()]
-    scratch, each, held = team().scratch(scratch_bytes(d, value_size))
-    y = out.strides
-    call = (
-        attention, q.ctypes.data, *q.strides[:3], *stored, out.ctypes.data, y[0], y[2], y[1],
-        *view, b, kv_heads, h // kv_heads, t, count, d, value_size, options, numbers.ctypes.data,
-        scratch, each,
-    )  # fmt: skip
-    return Rows((out,), [call], keep=(q, mask, numbers, held))
+def _additive(mask, keys):
+    """A boolean or additive mask as additive float32, short rows closed up to `keys`."""
+    if mask.dtype == np.bool_:
+        mask = np.where(mask, np.float32(0), NONE)
+    missing = keys - mask.shape[-1]
+    if missing > 0 and mask.shape[-1] != 1:
+        mask = np.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, missing)], constant_values=NONE)
+    return mask.astype(np.float32, copy=False)
+
+
+def _limits(batch, queries, keys, before, is_causal, lengths, left, right):
+    """What lengths, windows and a causal limit over them allow: additive (B or 1, 1, T, S)."""
+    at = np.arange(keys)
+    before = np.asarray(before).reshape(-1, 1, 1, 1)
+    position = np.arange(queries).reshape(1, 1, -1, 1) + before
+    allowed = np.ones((len(before), 1, queries, keys), np.bool_)
+    if lengths is not None:
+        allowed = allowed & (at < np.asarray(lengths).reshape(batch, 1, 1, 1))
+    if is_causal:
+        allowed &= at <= position
+    if left >= 0:
+        allowed &= position - at <= left
+    if right >= 0:
+        allowed &= at - position <= right
+    return np.where(allowed, np.float32(0), NONE)
 
 
 def _plain(q, k, v, mask, scale, softcap, options):
     """The calls for attention over arrays."""
-    v = v if v.strides[3] == 4 else np.ascontiguousarray(v)
+    v = v if v.strides[3] == 4 else contiguous(v)
     keys = _blocked_keys(k)
     stored = (keys.ctypes.data, *keys.strides[:2], v.ctypes.data, *v.strides[:2], 128, v.strides[2],
               0, 0, 0)  # fmt: skip
     out = empty((len(q), q.shape[2], q.shape[1], v.shape[3]))
-    rows = _rows(q, k.shape[1], stored, k.shape[2], out, mask, scale, softcap, options)
+    rows = prompt_rows(q, k.shape[1], stored, k.shape[2], out, mask, scale, softcap, options)
     rows.keep += (keys, v)
     return rows
-
-
-def _append(k, v, past_key, past_value):
-    """The arguments of what writes k (1, KV, T, D) and v (1, KV, T, E) behind a cache's content."""
-    at, (_, heads, tokens, size) = past_key.length, k.shape
-    past_key.reserve(at + tokens)
-    past_value.reserve(at + tokens)
-    return (
-        k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3], past_key.address,
-        past_value.address, past_key.scales_address, past_value.scales_address, heads, tokens, size,
-        v.shape[3], past_key.capacity, at, past_key.quantised,
-    )  # fmt: skip
-
-
-def _cached(q, k, v, past_key, past_value, mask, *options):
-    """The calls for attention over a cache that grows in place, or over those of several sequences
-    whose tokens lie side by side."""
-    out = empty((1, q.shape[2], q.shape[1], v.shape[3]))
-    if not hasattr(past_key, "parts"):
-        return _sequence(q, k, v, past_key, past_value, out, mask, *options)
-    if mask is not None:
-        raise UnsupportedError("Attention: a mask over the caches of several sequences")
-    todo, first = Rows((out,), []), 0
-    for (key, count), (value, _) in zip(past_key.parts, past_value.parts, strict=True):
-        own, first = slice(first, first + count), first + count
-        heads = (x[:, :, own] for x in (q, k, v))
-        rows = _sequence(*heads, key, value, out[:, own], None, *options)
-        todo.growth += tuple((len(todo.calls) + i, *rest) for i, *rest in rows.growth)
-        todo.calls += rows.calls
-        todo.keep += rows.keep
-    return todo
-
-
-def _sequence(q, k, v, past_key, past_value, out, mask, scale, softcap, is_causal):
-    """The calls for the tokens of one sequence, behind what its cache holds."""
-    before, (_, heads, tokens, size) = past_key.length, k.shape
-    append = _append(k, v, past_key, past_value)
-    if q.shape[2] == tokens and _are_tokens(q, before, mask, is_causal):
-        return _decode(q, append, (k, v), out, mask, scale, softcap)
-    options = BYTE if past_key.quantised else HALF
-    if is_causal:
-        options |= CAUSAL | before << BEFORE
-    capacity, width = past_key.capacity, past_key.array.itemsize
-    stored = (
-        past_key.address, 0, width * size * capacity, past_value.address, 0,
-        width * past_value.padded * capacity, 32 * width * capacity, 32 * width,
-        past_key.scales_address, past_value.scales_address, 4 * capacity,
-    )  # fmt: skip
-    rows = _rows(q, heads, stored, before + tokens, out, mask, scale, softcap, options)
-    return Rows(rows.outputs, [(cache_append, *append), *rows.calls], keep=(k, v, *rows.keep))
-
-
-def _are_tokens(q, before, mask, is_causal):
-    """Whether the rows q (1, H, T, D) are a few that see nothing of what follows them."""
-    _, heads, tokens, _ = q.shape
-    if tokens == 1 or is_causal or not 0 < tokens <= FEW_ROWS:
-        return 0 < tokens <= FEW_ROWS
-    return mask is not None and hides_what_follows(mask, (1, heads, tokens, before + tokens))
-
-
-def _decode(q, append, new, out, mask, scale, softcap):
-    """The calls for tokens one by one, each of which sees all keys up to its own -> out
-    (1, T, H, E); they can be run again some positions further."""
-    (_, h, t, d), (_, kv_heads, _, value_size) = q.shape, new[1].shape
-    group, padded, count = h // kv_heads, -(-value_size // 32) * 32, append[AT] + t
-    numbers, done = np.array([scale, softcap]), np.zeros(1, np.int64)
-    scratch, each, held = team().scratch(decode_scratch_bytes(kv_heads, group, d, padded))
-    wide = None if mask is None else np.broadcast_to(mask, (1, h, t, count))
-    calls, masks = [], []
-    for i in range(t):
-        seen = None if wide is None else wide[:, :, i : i + 1, : append[AT] + i + 1]
-        row, view = mask_view(seen, (1, h, 1, append[AT] + i + 1))
-        masks.append(row)
-        calls.append((
-            attention_decode, *_token(append, i), q.ctypes.data + q.strides[2] * i, q.strides[1],
-            out.ctypes.data + out.strides[1] * i, view[0], view[2], group, numbers.ctypes.data,
-            done.ctypes.data, partial_bytes(group, padded), scratch, each,
-        ))  # fmt: skip
-    growth = tuple((i, AT, 1) for i in range(t))
-    return Rows((out,), calls, growth, keep=(q, *new, masks, numbers, done, held))
-
-
-def _token(append, i):
-    """What `_append` gives for token i of those alone."""
-    row = list(append)
-    row[NEW_K] += row[NEW_K_TOKEN] * i
-    row[NEW_V] += row[NEW_V_TOKEN] * i
-    row[AT] += i
-    return row
 
 
 def lower_attention(
@@ -169,15 +88,15 @@ def lower_attention(
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
     n_outputs=1,
 ):  # fmt: skip
-    """The next token of each sequence, 3-D inputs, and a cache that has slots."""
+    """The next token of each sequence, 3-D inputs, and a cache that has slots in memory."""
     tokens = getattr(past_key, "tokens", 0)
-    if not tokens or attn_mask is not None or q.ndim != 3 or q.shape[:2] != (1, tokens):
+    if not tokens or past_key.on_disk or attn_mask is not None or q.ndim != 3:
         return None
-    if n_outputs > 3 or k.shape[1] != tokens or not plain(q, k, v):
+    if n_outputs > 3 or not q.shape[1] == k.shape[1] == tokens or not plain(q, k, v):
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
-    rows = _cached(*heads, past_key, past_value, None, scale, softcap, is_causal)
+    rows = cached_rows(*heads, past_key, past_value, None, scale, softcap, is_causal)
     y = rows.outputs[0].reshape(1, tokens, -1)
     presents = [slot.advanced(slot.shape[2] + tokens) for slot in (past_key, past_value)]
     rows.outputs = (y, *presents)[:n_outputs]
@@ -245,13 +164,14 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     scale = scale or 1 / math.sqrt(q.shape[3])
     before = 0 if past_key is None else past_key.shape[2]
     count = before + k.shape[2]
-    mask = None if mask is None else additive(mask, count)
+    mask = None if mask is None else _additive(mask, count)
     if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
         first = before if lengths is None else np.asarray(lengths) - q.shape[2]
-        allowed = limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
-        mask, is_causal = allowed if mask is None else mask + allowed, 0
+        limits = _limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
+        mask, is_causal = limits if mask is None else mask + limits, 0
     if past_key is not None and not isinstance(past_key, np.ndarray):
-        y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
+        rows = spilled_rows if past_key.on_disk else cached_rows
+        y = rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
         present_key, present_value = past_key.advanced(count), past_value.advanced(count)
     else:
         if past_key is not None:
@@ -267,6 +187,6 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     if flat:
         y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
     else:
-        y = np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+        y = contiguous(y.transpose(0, 2, 1, 3))
     outputs = (y.astype(dtype, copy=False), present_key, present_value, scores)
     return outputs[0] if n_outputs == 1 else outputs[:n_outputs]

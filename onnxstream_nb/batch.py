@@ -45,7 +45,6 @@ class Batch(Work, Iterator[BatchItem]):
         self.side_by_side = can_share_passes(self._llm.graph, self._llm.pairs)
         self._sequences = Sequences(self._llm, batch_size)
         self._most = self._sequences.most if self.side_by_side else 1
-        self._room = self._llm.cache_room - self._llm.cache_bytes
         self._waiting: deque[BatchItem] = deque()
         self._next: Seat | None = None  # for whom there is no room yet
         self._seats: list[Seat] = []
@@ -127,18 +126,22 @@ class Batch(Work, Iterator[BatchItem]):
                     return
                 self._next = self._opened(self._waiting.popleft())
                 continue
-            taken = sum(seat.nbytes for seat in self._seats)
-            if self._seats and taken + self._next.nbytes > self._room:
+            seat, taken = self._next, sum(seat.nbytes for seat in self._seats)
+            room = self._llm.cache_room - min(self._llm.cache_bytes, self._llm.cache_room)
+            alone = self._most == 1 or seat.nbytes > room
+            if self._seats and (alone or taken + seat.nbytes > room):
                 return
-            self._next.begin(self._sequences.open() if self._most > 1 else None)
-            self._seats.append(self._next)
+            seat.begin(None if alone else self._sequences.open(seat.positions))
+            self._seats.append(seat)
             self._next = None
+            if alone:
+                return
 
     def _opened(self, item: BatchItem) -> Seat | None:
         """A seat with its reply, not begun; None when something is wrong with the request."""
         model, seat = self._model, Seat(item, self._llm)
-        llm = seat if self._most > 1 else self._llm
-        place = Place(model.tokenizer, llm, model.context, model.load_s)
+        llm, draft = (self._llm, model.draft) if self._most == 1 else (seat, None)
+        place = Place(model.tokenizer, llm, draft, model.context, model.load_s)
         try:
             item.generation = self._start(item.request, place)
         except OnnxstreamError as error:
@@ -147,7 +150,8 @@ class Batch(Work, Iterator[BatchItem]):
             return None
         if item.is_stopped:
             item.generation.stop()
-        seat.nbytes = self._llm.cache_bytes_at(item.generation.most_positions)
+        seat.positions = item.generation.most_positions
+        seat.nbytes = self._llm.cache_bytes_at(seat.positions)
         return seat
 
     def _take(self, seat: Seat) -> None:

@@ -13,10 +13,10 @@ from typing import Any, cast
 import numpy as np
 
 from . import passes
-from .device import memory_available
+from .device import memory_available, physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_at
+from .kvcache import ArraySlot, KVCache, bytes_at, bytes_resident
 from .loading import logit_chunk, prompt_precision
 from .session import Progress, Session, decode_constant, load_graph
 
@@ -31,11 +31,14 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of `sequences` full contexts is set aside: of this
-    one's, and of `new_cache`s. `precision` "auto" is
-    "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see KVSlot. `logit_chunk` is how many positions
-    `logits` computes at a time; `passes` counts passes over the weights. One caller at a time.
+    budget for the whole process, the memory of a full context is set aside, or that of several
+    `sequences` (sequences.py). `precision` "auto" is "fast" for weights stored as floats, "exact"
+    for block encodings: see Session. `kv_cache` "q8" keeps keys and values in 8 bits instead of 16:
+    see Slot. What of a full context's does not fit `ram` lies in a file in the folder `kv_spill`;
+    without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
+    `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
+    over the weights; `full_cache_bytes` is what the cache takes at the whole context. One caller at
+    a time.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class LanguageModel:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         device: str = "cpu",
         sequences: int = 1,
         progress: Progress | None = None,
@@ -63,36 +67,55 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.logit_chunk = logit_chunk(self.graph)
-        self.pairs, self.kv_cache = pairs, kv_cache
-        self._cache = self.new_cache()
+        self.pairs, self._encoding = pairs, kv_cache
+        past = {p.past_input for p in pairs}
+        self._inputs = [v for v in self.graph.inputs if v.name not in past]
+        presents = {p.present_output for p in pairs}
+        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        self.every_position = _gives_every_position(graph)
+        _check_inputs(self._inputs)
+        self.tokens: list[int] = []
+        self.passes = 0
+        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
+        self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        windows = 2 * (threads or physical_cores())  # shares of the thread team
+        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
+        spill = None if ram is None or kv_spill is None else Path(kv_spill)
+        if spill is None or sequences > 1:
+            reserve = [sequences * reserve[0]]
+        self._has_budget = ram is not None
+        self.session = Session(
+            self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
+            device=device, optimize=False, reserve=reserve, progress=progress,
+        )  # fmt: skip
+        self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
+        full = bytes_resident(self.graph, pairs, self.context, kv_cache, windows=windows)
+        self.full_cache_bytes = full[0]
+        try:
+            self._cache = KVCache(
+                self.graph, pairs, kv_cache, self.context,
+                resident=self.session.reserve, spill=spill, windows=windows,
+            )  # fmt: skip
+        except BaseException:
+            self.session.close()
+            raise
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
             slot: p.present_output
             for p in pairs
             if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
         }
-        self._inputs = [v for v in self.graph.inputs if v.name not in self._cache.slots]
-        presents = {p.present_output for p in pairs}
-        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
-        _check_inputs(self._inputs)
-        self.tokens: list[int] = []
-        self.passes = 0
-        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
-        self.precision = prompt_precision(self.graph) if precision == "auto" else precision
-        self._is_budgeted = ram is not None
-        self.reserved_bytes = sequences * self.cache_bytes_at(positions)
-        self.session = Session(
-            self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=self.reserved_bytes, progress=progress,
-        )  # fmt: skip
-        self.chunk = self.session.chunk
 
     @property
     def vocab_size(self) -> int:
         """V, as the graph declares it; 0 when it does not."""
         size = (self._logits.shape or (0,))[-1]
         return size if isinstance(size, int) else int(self.graph.metadata.get("vocab_size", 0))
+
+    @property
+    def streams(self) -> bool:
+        """Whether every pass reads weights anew, those that are not kept."""
+        return bool(getattr(self.session.provider, "bytes_a_pass", 0))
 
     @property
     def bytes_per_token(self) -> int:
@@ -104,24 +127,29 @@ class LanguageModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the cache of keys and values takes now."""
+        """Bytes that the cache of keys and values takes now, in memory and on disk."""
         return self._cache.nbytes
 
-    def new_cache(self) -> KVCache:
-        """An empty cache, for a sequence of its own (sequences.py)."""
-        return KVCache(self.graph, self.pairs, self.kv_cache)
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that are set aside for the cache on disk."""
+        return self._cache.disk_bytes
 
     @property
     def cache_room(self) -> int:
-        """Bytes that all caches may take together: what was set aside, or without a budget half of
-        the free memory where that is more."""
-        if self._is_budgeted or self.session.streams:
-            return self.reserved_bytes
-        return max(self.reserved_bytes, memory_available() // 2)
+        """Bytes that caches may take together: what was set aside, or when memory has no bounds but
+        the machine's half of what is free, if that is more."""
+        if self._has_budget or self.streams:
+            return self.session.reserve
+        return max(self.session.reserve, memory_available() // 2)
 
     def cache_bytes_at(self, positions: int) -> int:
-        """The most that the cache of one sequence takes on its way to so many positions, bytes."""
-        return bytes_at(self.graph, self.pairs, positions, self.kv_cache)
+        """The most memory that the cache of one sequence takes with so many positions, in bytes."""
+        return bytes_at(self.graph, self.pairs, positions, self._encoding)
+
+    def new_cache(self, positions: int) -> KVCache:
+        """An empty cache for so many positions of another sequence: see sequences.py."""
+        return KVCache(self.graph, self.pairs, self._encoding, positions)
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
@@ -188,7 +216,7 @@ class LanguageModel:
     def close(self) -> None:
         """Let go of the weights and the cache."""
         self.session.close()
-        self._cache.slots.clear()
+        self._cache.close()
 
 
 def _context(graph: Graph, wanted: int | None) -> int:
@@ -201,6 +229,13 @@ def _context(graph: Graph, wanted: int | None) -> int:
     if own and wanted > int(own):
         raise UsageError(f"--context {wanted}: the model was made for at most {own} tokens")
     return wanted
+
+
+def _gives_every_position(graph: Graph) -> bool:
+    """Whether the logits are declared as long as the ids; exports may cut them to the last."""
+    shapes = {v.name: v.shape for v in (*graph.inputs, *graph.outputs)}
+    ids, logits = shapes.get("input_ids"), shapes.get("logits")
+    return ids is not None and logits is not None and ids[1:2] == logits[1:2]
 
 
 _KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", passes.LOGIT_ROWS)
@@ -226,3 +261,10 @@ def _feed(value: Value, ids: list[int], past: int, rows: Sequence[int]) -> Any:
     if value.name == passes.LOGIT_ROWS:
         return np.array(rows, dtype)
     raise ShapeError(f"no feed for input {value.name}")
+
+
+def declared(path: str | Path) -> tuple[int, int]:
+    """(context in tokens, bytes of the weights) of the model at `path`, which is not opened."""
+    graph = load_graph(path)
+    sizes = {ref.key: ref.nbytes for ref in graph.initializers.values()}
+    return _context(graph, None), sum(sizes.values())

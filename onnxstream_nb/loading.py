@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import device
 from .errors import MemoryBudgetError, UsageError
 from .files import room
 from .graph import Graph, WeightRef
+from .liveness import bound_for_tokens
 from .packing import PackedProvider, Packer, panels_bytes
 from .plan import Form, Plan
-from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, cut
+from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, by_rows, cut
 from .weights import MmapProvider, RamProvider, WeightsProvider
 
 MARGIN = 0.1  # of the free memory, left to the rest of the machine
 BASE = 24_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
+GAPS = 1.15  # what the arena of activations was seen to take of the bound on them, and more
 ARRAYS = 5  # a pass's widest moment, in inputs and outputs of its largest product (gate * up: 4)
 CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 LEAST_CHUNK = 32
@@ -73,7 +76,7 @@ def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
         ),
         default=0,
     )
-    return BASE + ARRAYS * 4 * chunk * _widest(plan.graph) + made
+    return BASE + _activations(plan, chunk) + made
 
 
 def _widest(graph: Graph) -> int:
@@ -81,12 +84,20 @@ def _widest(graph: Graph) -> int:
     return max((sum(ref.shape) for ref in _prompt_matrices(graph)), default=0)
 
 
+def _activations(plan: Plan, chunk: int) -> int:
+    """Bytes of a pass's arrays, and what the arena that they are in loses in gaps."""
+    known = bound_for_tokens(plan, chunk)
+    if known is not None:
+        return int(GAPS * known)
+    return ARRAYS * 4 * chunk * _widest(plan.graph)
+
+
 def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
     """Bytes that an operator's turn makes of a stored weight: all of it, its floats, or panels."""
-    gathered = ref.nbytes if streams and (form is not Form.TILES or ref.parts) else 0
+    gathered = ref.nbytes if streams and (form is not Form.TILES or not by_rows(ref)) else 0
     if ref.parts and form:
         return gathered + (2 * ref.nbytes if packable else 9 * math.prod(ref.shape))
-    if form or ref.encoding in ("raw", ref.dtype):
+    if (form and len(ref.shape) == 2) or ref.encoding in ("raw", ref.dtype):
         return gathered
     return gathered + 4 * math.prod(ref.shape)
 
@@ -133,13 +144,35 @@ class Holding:
     slots: int = 0
 
 
+def choose_reserve(
+    choice: Callable[[int], Holding], reserves: Sequence[int]
+) -> tuple[Holding, int]:
+    """What `choose` says for one of several reserves, and which: the first, which is the most, if
+    that can be and a prompt's passes do not become too short for it; else of the others the most
+    that costs the weights nothing. Raises as `choose` does for the last."""
+    first, *others = reserves
+    try:
+        holding = choice(first)
+        if not others or holding.chunk >= LEAST_CHUNK:
+            return holding, first
+    except MemoryBudgetError:
+        if not others:
+            raise
+    best = choice(others[-1])
+    for reserve in others[:-1]:
+        with suppress(MemoryBudgetError):
+            if choice(reserve) == best:
+                return best, reserve
+    return best, others[-1]
+
+
 def choose(
     plan: Plan,
     load: str,
     ram: int | None,
-    reserve: int,
     panel_bytes: Callable[[WeightRef], int],
-    reached: int = 0,
+    reached: int,
+    reserve: int,
 ) -> Holding:
     """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache, and
     `reached` is what the process took for a moment when it began.
@@ -182,7 +215,7 @@ def _streamable(plan: Plan) -> list[WeightRef]:
 
 
 def _rows(ref: WeightRef) -> int:
-    return ref.stored_shape[0] if ref.cut_by_rows else 1
+    return ref.stored_shape[0] if by_rows(ref) else 1
 
 
 def _budget(
@@ -197,7 +230,7 @@ def _budget(
     left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
         raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
-    more = min(MOST_PIECES - LEAST_PIECES, left // 8 // slot) if slot else 0
+    more = min(MOST_PIECES - LEAST_PIECES, left // 2 // slot) if slot else 0
     held = _shares(plan, sizes, left - more * slot)
     return Holding("stream", chunk, held=held, slots=LEAST_PIECES + more)
 

@@ -62,9 +62,9 @@ class Replay:
     """A plan recorded while it ran for one token, or for one of each of several sequences.
 
     Recording is a run of its own: its results are in `values`. `run` is for the next tokens: what
-    tables read keeps its shape, the cache stays where it is, and so do lasting weights; a step with
-    others runs from Python. `previous` are the values of an earlier recording for as many `tokens`:
-    what had another shape then is no table's business.
+    tables read keeps its shape, and lasting weights stay where they are, as a cache does; a step
+    with others runs from Python. `previous` are the values of an earlier recording for as many
+    `tokens`: what had another shape then is no table's business.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class Replay:
         entries = [self._record(plan, step, stop) for step in plan.steps]
         self._fixed = _read_by_tables(entries, plan)
         self._parts = list(self._make_parts(entries, plan, make_table))
-        self._capacities = [capacity for _, capacity in self._places()]
 
     def _places(self) -> list[tuple[int, int]]:
         """(length, capacity) of all sequences in all slots."""
@@ -157,7 +156,7 @@ class Replay:
         return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
     def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
-        """Whether these feeds have the shapes that tables read and the cache its recorded place.
+        """Whether these feeds have the shapes that tables read, and the cache has room.
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
@@ -173,11 +172,7 @@ class Replay:
                 return False
         places = self._places()
         moved = {now - then for (now, _), (then, _) in zip(places, self._base, strict=True)}
-        room = all(
-            capacity == recorded and length < capacity
-            for (length, capacity), recorded in zip(places, self._capacities, strict=True)
-        )
-        return room and len(moved) <= 1
+        return len(moved) <= 1 and all(length < capacity for length, capacity in places)
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""

@@ -32,7 +32,7 @@ class BatchRequest:
     system: str | None = None
     max_tokens: int | None = None
     id: str | int | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
 
 class BatchItem:
@@ -75,18 +75,24 @@ class BatchItem:
 class Seat:
     """A reply under way, and what it takes for its language model: logits that are there already.
 
-    `strand` is its sequence, None where it computes for itself; `tokens` are the ids whose logits
-    it has been given, `nbytes` what its cache may come to take.
+    `strand` is its sequence; None where the reply has the model to itself, which then computes.
+    `tokens` are the ids whose logits it has been given, `positions` and `nbytes` what its cache may
+    come to take.
     """
 
     def __init__(self, item: BatchItem, llm: LanguageModel) -> None:
-        self.item, self.nbytes = item, 0
+        self.item, self.positions, self.nbytes = item, 0, 0
         self.strand: Strand | None = None
         self.logits: Logits | None = None
-        self.tokens: list[int] = []
-        self.vocab_size = llm.vocab_size
+        self.vocab_size, self.streams = llm.vocab_size, llm.streams
         self._llm = llm
+        self._read: list[int] = []
         self._started = self._first = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The ids that came before the last logits, in order."""
+        return self._llm.tokens if self.strand is None else self._read
 
     @property
     def passes(self) -> int:
@@ -95,15 +101,20 @@ class Seat:
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """The logits (V,) after `ids`, which the batch has read."""
+        if self.strand is None:
+            return self._llm.feed(ids, stop)
         logits, self.logits = self.logits, None
-        self.tokens += ids
-        assert logits is not None and self.strand is not None
-        assert len(self.strand.tokens) == len(self.tokens)
+        self._read += ids
+        assert logits is not None and len(self.strand.tokens) == len(self._read)
         return logits
 
     def rewind(self, length: int) -> None:
-        """Nothing: a reply of a batch only goes forward."""
-        assert length == len(self.tokens), (length, len(self.tokens))
+        """Forget all but the first `length` tokens."""
+        if self.strand is None:
+            self._llm.rewind(length)
+        elif length < len(self._read):
+            del self._read[length:]
+            self.strand.rewind(length)
 
     def begin(self, strand: Strand | None) -> None:
         """Take a sequence, or the model itself, and let it read the prompt."""
@@ -145,6 +156,7 @@ class Place:
 
     tokenizer: Tokenizer
     llm: Any
+    draft: LanguageModel | None
     context: int
     load_s: float
 

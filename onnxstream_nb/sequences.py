@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from .graph import Graph, Node
-from .kvcache import KVCache, KVSlot, SlotGroup
+from .kvcache import KVCache
+from .kvslot import KVSlot, SlotGroup
 from .llm import LanguageModel, Logits
 from .passes import LOGIT_ROWS, CachePair
 from .passes.rewriting import captured
@@ -84,9 +85,9 @@ class Sequences:
         self._last: list[Part] = []
         self._pasts: dict[str, SlotGroup] = {}
 
-    def open(self) -> Strand:
-        """A new sequence."""
-        return Strand(self._llm.new_cache())
+    def open(self, positions: int) -> Strand:
+        """A new sequence of so many ids at most."""
+        return Strand(self._llm.new_cache(positions))
 
     def close(self, strand: Strand) -> None:
         """Let go of a sequence and its cache."""
@@ -94,7 +95,7 @@ class Sequences:
             for past in self._pasts.values():
                 past.parts = ()  # the session has recorded a run with it, and keeps it
             self._last = []
-        strand.cache.slots.clear()
+        strand.cache.close()
 
     def step(
         self, strands: Iterable[Strand], stop: threading.Event | None = None

@@ -19,7 +19,7 @@ from . import formats, passes, trace
 from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose, make_provider
+from .loading import choose, choose_reserve, make_provider
 from .lowering import TABLE_BYTES, Replay
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
+IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
+IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -71,8 +73,9 @@ class Session:
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
     the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
-    as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
-    cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
+    as "2GB", of which `reserve` bytes are set aside for a cache, one of several where that depends
+    on the budget: it becomes the attribute. `threads` defaults to the physical cores;
+    `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
     "cpu". `optimize=False` runs the graph as it stands. `progress(text,
@@ -92,7 +95,7 @@ class Session:
         precision: str = PRECISION,
         device: str = "cpu",
         optimize: bool = True,
-        reserve: int = 0,
+        reserve: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> None:
         peak = peak_rss()
@@ -110,17 +113,20 @@ class Session:
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
-        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes, reached)
+        holding, self.reserve = choose_reserve(
+            partial(choose, self.plan, load, budget, packer.panel_bytes, reached),
+            (reserve,) if isinstance(reserve, int) else reserve,
+        )
         if holding.slots:
             prepare(self.plan.kernels)
         internal("Threads")(self.threads)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
-        self.chunk, self.streams = holding.chunk, holding.kind == "stream"
+        self.chunk = holding.chunk
         self._lock = threading.Lock()
         self._closed = False
-        self._is_budgeted = ram is not None
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
+        self._arena, self._has_budget = internal("Arena")(), ram is not None
         self._decode = internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
@@ -162,6 +168,8 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
+            token = self._has_budget and _next_tokens(checked) == 1
+            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -169,8 +177,8 @@ class Session:
     ) -> dict[str, Any] | None:
         """The values after a replay of a token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded, and so is one after the cache moved;
-        the same for one token each of several sequences.
+        The first run for one token over a cache is recorded, or for one token each of several
+        sequences.
         """
         tokens = _next_tokens(feeds)
         if trace.current() is not None or not self._is_recorded(tokens):
@@ -196,7 +204,7 @@ class Session:
         """Whether runs for so many next tokens are recorded. Several take memory for all that is
         computed, which no budget counts, and pay where Python takes long beside the kernels."""
         if tokens > 1:
-            return not self._is_budgeted and self.plan.weight_bytes <= TABLE_BYTES
+            return not self._has_budget and self.plan.weight_bytes <= TABLE_BYTES
         return tokens == 1
 
     def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:
@@ -206,10 +214,9 @@ class Session:
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
             arguments = [self._argument(values, name, form) for name, form in step.inputs]
-            results = step.call(arguments)
-            for name, result in zip(step.outputs, results, strict=False):
-                if name:
-                    values[name] = result
+            named = zip(step.outputs, step.call(arguments), strict=False)
+            values.update((name, result) for name, result in named if name)
+            del arguments, named  # or what dies now would live through the next step
             for ref in step.weights:
                 self.provider.release(ref)
             for name in step.dead:
@@ -268,6 +275,7 @@ class Session:
         with self._lock:
             self._closed, self._replay = True, None
             getattr(self.provider, "close", lambda: None)()
+            self._arena.trim()
 
     def __enter__(self) -> Session:
         return self
@@ -281,7 +289,7 @@ def _next_tokens(feeds: Mapping[str, Any]) -> int:
     they are something else."""
     arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(type(slot), "places") for slot in slots):
+    if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return 0
     tokens: int = slots[0].tokens
     total = slots[0].shape[2] + 1  # what an attention mask covers

@@ -100,7 +100,8 @@ class DiskProvider:
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        return np.stack([self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)])
+        rows = [self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)]
+        return np.stack(rows) if rows else np.empty((0, each), np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """Nothing: every read waits for its turn."""

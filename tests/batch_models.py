@@ -24,8 +24,8 @@ class Tokenizer(FakeTokenizer):
         return super().token_bytes(token) if token in range(32, 127) else b"x"
 
 
-def write_tiny(path: Path) -> Path:
-    write_gguf(path, TINY, "Q8_0")
+def write_tiny(path: Path, tiny: Tiny = TINY) -> Path:
+    write_gguf(path, tiny, "Q8_0")
     return path
 
 

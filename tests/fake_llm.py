@@ -58,6 +58,8 @@ class FakeLLM:
     `delay` is seconds for each chunk fed. `fed` counts tokens fed, `calls` the ids of each feed.
     """
 
+    streams, every_position = False, True
+
     def __init__(
         self,
         answer: Callable[[str], str] = shout,
@@ -68,6 +70,7 @@ class FakeLLM:
         self.context, self.vocab_size, self.delay = context, VOCAB, delay
         self.tokens: list[int] = []
         self.calls: list[list[int]] = []
+        self.passes = 0
         self.closed = False
         self.fail: Exception | None = None
         self._answer = answer
@@ -85,9 +88,16 @@ class FakeLLM:
             if wait.wait(self.delay) if self.delay else wait.is_set():
                 raise Interrupted("stopped while reading")
             self.tokens += ids[start : start + CHUNK]
+            self.passes += 1
         logits = np.full(VOCAB, -30.0, np.float32)
         logits[self.wanted()] = 30.0
         return logits
+
+    def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> np.ndarray:
+        passes, rows = self.passes, [self.feed([i], stop) for i in ids]
+        self.passes = passes + 1
+        self.calls[-len(rows) :] = [list(ids)]
+        return np.stack(rows)
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= len(self.tokens)

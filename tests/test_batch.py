@@ -6,13 +6,14 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from batch_models import ENDS, TINY, open_tiny, prompts, write_tiny
 
-from onnxstream_nb import formats, sequences
+from onnxstream_nb import formats, sequences, session, spill
 from onnxstream_nb.batch import Batch, BatchItem, BatchRequest
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.formats import onnx_write
@@ -195,8 +196,8 @@ def test_memory_comes_back_as_sequences_end(opened: Open, monkeypatch: pytest.Mo
     caches: list[weakref.ref[Any]] = []
     make = sequences.Sequences.open
 
-    def open_strand(self: Any) -> Any:
-        strand = make(self)
+    def open_strand(self: Any, positions: int) -> Any:
+        strand = make(self, positions)
         caches.extend(weakref.ref(slot) for slot in strand.cache.slots.values())
         return strand
 
@@ -228,9 +229,49 @@ def test_no_more_come_in_than_their_caches_have_room_for(
     assert most == expected
 
 
+def test_who_has_no_room_beside_others_gets_the_model_alone(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = opened()
+    monkeypatch.setattr(LanguageModel, "cache_room", 3 * model.llm.cache_bytes_at(100))
+    requests = [
+        BatchRequest("one"), BatchRequest("two"), BatchRequest("three", max_tokens=1000),
+        BatchRequest("four"),
+    ]  # fmt: skip
+    order, items = [-1], {}
+    for item in model.generate_batch(requests, max_tokens=10, temperature=0):
+        order += [item.index] * (item.index != order[-1])
+        items[item.index] = item
+    assert order[1:] == [*[0, 1] * 10, 2, 3]
+    for i, request in enumerate(requests):
+        assert isinstance(request.prompt, str)
+        most = request.max_tokens or 10
+        same_as_alone(model, items[i], request.prompt, max_tokens=most, temperature=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_context_on_disk(
+    threads: int, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget holds the last slices only: whose cache is larger goes through the disk."""
+    choose = session.choose_reserve
+    monkeypatch.setattr(
+        session, "choose_reserve", lambda choice, reserves: choose(choice, reserves[-1:])
+    )
+    monkeypatch.setattr(spill, "SLICE_BYTES", 40_000)
+    file = write_tiny(tmp_path / "long.gguf", replace(TINY, context=30_000))
+    model = opened(file, load="auto", ram="1GB", kv_spill=tmp_path, threads=threads)
+    assert model.llm.spilled_bytes and model.llm.cache_room < model.llm.full_cache_bytes
+    given, most = prompts(700, 20, 30, 1000), {"max_tokens": 12, "temperature": 0}
+    items = ended(model.generate_batch(given, **most))
+    reference = opened(file, threads=threads)
+    for item, prompt in zip(items, given, strict=True):
+        same_as_alone(reference, item, prompt, **most)
+
+
 def test_room_for_caches_is_what_a_budget_sets_aside(opened: Open) -> None:
     one = opened(load="auto", ram="1GB").llm
-    assert one.cache_room == one.reserved_bytes == one.cache_bytes_at(TINY.context)
+    assert one.cache_room == one.session.reserve == one.cache_bytes_at(TINY.context)
     assert opened(load="auto", ram="1GB", sequences=3).llm.cache_room == 3 * one.cache_room
     assert opened().llm.cache_room > one.cache_room
 

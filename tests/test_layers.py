@@ -17,8 +17,9 @@ LEAVES = {"errors", "graph", "device", "progress"}
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
-    "packing": "session", "sequences": "llm", "batch": "model", "seat": "model", "work": "model",
-    "streaming": "weights", "files": "weights",
+    "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
+    "spill": "kvcache", "liveness": "session", "shapes": "session", "sequences": "llm",
+    "speculation": "model", "drafting": "model", "batch": "model", "seat": "model", "work": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 
