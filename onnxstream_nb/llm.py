@@ -17,6 +17,7 @@ from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at
 from .loading import prompt_precision
+from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -74,6 +75,7 @@ class LanguageModel:
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
+        self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         self.session = Session(
@@ -101,6 +103,26 @@ class LanguageModel:
     def cache_bytes(self) -> int:
         """Bytes that the cache of keys and values takes now."""
         return self._cache.nbytes
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
+        provider: Any = self.session.provider
+        return 0 if getattr(provider, "in_place", False) else int(provider.bytes_read)
+
+    def reading(self) -> Reading | None:
+        """The pass under way, for whoever looks from another thread; None between two."""
+        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        if not now:
+            return None
+        provider: Any = self.session.provider
+        pass_bytes = getattr(provider, "bytes_a_pass", 0)
+        if not pass_bytes:
+            return Reading("", 0, 0, 0, tokens, wanted, now)
+        return Reading(
+            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
+            now,
+        )  # fmt: skip
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
@@ -138,6 +160,7 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
+        self._wanted = len(self.tokens) + len(ids)
         for start in range(0, len(ids), self.chunk):
             yield self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
 
@@ -147,7 +170,11 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past)
         wanted = [self._logits.name, *self._carried.values()]
-        result = self.session.run(feeds, wanted, stop=stop)
+        self._now = len(ids)
+        try:
+            result = self.session.run(feeds, wanted, stop=stop)
+        finally:
+            self._now = 0
         self.tokens += ids
         for slot, present in self._carried.items():
             slot.append(np.split(result[present], [past], slot.axis)[1])

@@ -74,6 +74,7 @@ class _Ring:
         self.pieces: Sequence[Piece] = ()
         self.bytes_read = 0
         self.reading: str = ""
+        self.pass_read = 0  # bytes of this pass that the consumer has had
         self.waited = 0.0  # seconds that the consumer waited
         each = room(size)
         memory = aligned(slots * each)
@@ -91,7 +92,7 @@ class _Ring:
         with self._change:
             if self.pieces is not pieces or self._next_use % max(1, len(pieces)):
                 self._restart()
-            self.pieces = pieces
+            self.pieces, self.pass_read = pieces, 0
             if pieces and not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, daemon=True) for _ in range(READERS)
@@ -154,6 +155,7 @@ class _Ring:
             if isinstance(found, BaseException):
                 self._free.append(slot)
                 raise found
+            self.pass_read += piece.nbytes
             return slot, found
 
     def _number(self, piece: Piece) -> int | None:
@@ -272,6 +274,11 @@ class StreamProvider:
     def bytes_a_pass(self) -> int:
         """Bytes that every pass reads from disk."""
         return sum(piece.nbytes for piece in self._order)
+
+    @property
+    def pass_read(self) -> int:
+        """Bytes of them that the pass under way has used."""
+        return self._ring.pass_read
 
     @property
     def reading(self) -> str:

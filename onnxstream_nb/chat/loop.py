@@ -205,7 +205,7 @@ class Chat:
             for token in generation:
                 emit(token)
 
-        reply = self._terminal.reply()
+        reply = self._terminal.reply(generation.progress)
         with interrupts(generation.stop), no_echo():
             try:
                 for token in self._worker.run(work):
