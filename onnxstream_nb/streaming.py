@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
+from .errors import Interrupted
 from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
 from .weight import Weight
@@ -25,6 +26,8 @@ PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit 
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
 READERS = 4  # reads under way at a time
+CLOSING_S = 1.0  # for a read that is under way to end
+LOOK_S = 0.05  # how often somebody who waits looks whether to stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,12 +88,16 @@ class _Ring:
         self._epoch = 0  # of the numbering; what was begun in an earlier one is dropped
         self._change = threading.Condition()
         self._closed = False
+        self.stop_on: threading.Event | None = None  # a pass may be given up
         self._threads: list[threading.Thread] = []
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """A pass over the pieces begins; what was read ahead for it is kept."""
+        changed = self.files.forget_changed()
         with self._change:
-            if self.pieces is not pieces or self._next_use % max(1, len(pieces)):
+            failed = any(isinstance(found, BaseException) for _, found in self._ready.values())
+            midway = self.pieces is not pieces or self._next_use % max(1, len(pieces))
+            if midway or changed or failed:
                 self._restart()
             self.pieces, self.pass_read = pieces, 0
             if pieces and not self._threads:
@@ -144,11 +151,13 @@ class _Ring:
             if number is None:
                 return None
             started = perf_counter()
+            self._look()
             while number not in self._ready:
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
                     self._change.notify_all()
-                self._change.wait()
+                self._change.wait(LOOK_S if self.stop_on is not None else None)
+                self._look()
             self.waited += perf_counter() - started
             self._next_use = number + 1
             slot, found = self._ready.pop(number)
@@ -157,6 +166,10 @@ class _Ring:
                 raise found
             self.pass_read += piece.nbytes
             return slot, found
+
+    def _look(self) -> None:
+        if self.stop_on is not None and self.stop_on.is_set():
+            raise Interrupted("the run was stopped")
 
     def _number(self, piece: Piece) -> int | None:
         count = len(self.pieces)
@@ -177,10 +190,10 @@ class _Ring:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files. A read that the disk does not answer may go on."""
         self.stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSING_S)
         self.files.close()
 
 
@@ -302,8 +315,13 @@ class StreamProvider:
         held = self._memory.get(ref.rows(0, rows)) if rows else None
         return _Streamed(ref, held, pieces, self._ring)
 
+    def stop_on(self, stop: threading.Event | None) -> None:
+        """Give up a pass, with Interrupted, when `stop` is set while it waits for the disk."""
+        self._ring.stop_on = stop
+
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins. Its order is that of the weights this provider was made for."""
+        self._disk.prefetch(refs)
         self._ring.begin(self._order)
 
     def release(self, ref: WeightRef) -> None:

@@ -89,7 +89,8 @@ class DiskProvider:
         return np.stack([self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)])
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: every read waits for its turn."""
+        """Nothing to read: every read waits for its turn. Files that changed are opened anew."""
+        self._files.forget_changed()
 
     def release(self, ref: WeightRef) -> None:
         """Nothing is kept."""
