@@ -83,7 +83,7 @@ class Kept:
 
     def room(self, nbytes, purpose):
         """Address, what holds it, and whether it has yet to be filled for this purpose."""
-        fresh = self._purpose is not purpose
+        fresh = self._purpose is not purpose or nbytes + 64 > self._memory.nbytes
         if fresh:
             self._purpose, self._memory = purpose, empty(nbytes + 64, np.uint8)
         return -(-self._memory.ctypes.data // 64) * 64, self._memory, fresh
