@@ -53,11 +53,6 @@ class _File:
         return status.st_size, status.st_mtime_ns
 
     @property
-    def size(self) -> int:
-        """Bytes, when it was opened."""
-        return self.status[0]
-
-    @property
     def changed(self) -> bool:
         """Whether it was written to since."""
         return self._status() != self.status
@@ -67,12 +62,12 @@ class Files:
     """Open files by path, closed when it is dropped. Errors name the file and the weight.
 
     One that failed, or was written to, is opened anew the next time: it may have been put back.
-    Then it must be as long, and begin as it did, or it is refused.
+    It must begin with the same page then, where headers are, or it is refused.
     """
 
     def __init__(self) -> None:
         self._open: dict[tuple[Path, bool], _File] = {}
-        self._known: dict[Path, tuple[int, bytes]] = {}  # size and first page
+        self._known: dict[Path, bytes] = {}  # its first page
         self._lock = threading.Lock()
 
     def descriptor(self, path: Path, direct: bool = False) -> int:
@@ -89,17 +84,13 @@ class Files:
                         f"{path}: cannot open the weight file: {error.strerror or error}; put it "
                         "back, or fetch it again"
                     ) from error
-                size, head = self._known.setdefault(path, (file.size, file.head))
-                if file.size < size:
-                    raise ModelError(
-                        f"{path}: the file has {file.size} of the {size} bytes that it had; it is "
-                        "truncated, fetch it again"
-                    )
-                if (file.size, file.head) != (size, head):
+                known = self._known.get(path, b"")
+                if not file.head.startswith(known) and not known.startswith(file.head):
                     raise ModelError(
                         f"{path}: this is another file than the one that was opened; put that "
                         "back, or load the model again"
                     )
+                self._known[path] = max(known, file.head, key=len)
                 self._open[path, direct] = file
             return self._open[path, direct]
 
