@@ -18,6 +18,7 @@ from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_resident
 from .loading import logit_chunk, prompt_precision
+from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -73,6 +74,7 @@ class LanguageModel:
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         self.passes = 0
+        self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         windows = 2 * (threads or physical_cores())  # shares of the thread team
@@ -130,6 +132,26 @@ class LanguageModel:
         """Bytes that are set aside for the cache on disk."""
         return self._cache.disk_bytes
 
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
+        provider: Any = self.session.provider
+        return int(provider.bytes_read) if self.streams else 0
+
+    def reading(self) -> Reading | None:
+        """The pass under way, for whoever looks from another thread; None between two."""
+        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        if not now:
+            return None
+        provider: Any = self.session.provider
+        pass_bytes = getattr(provider, "bytes_a_pass", 0)
+        if not pass_bytes:
+            return Reading("", 0, 0, 0, tokens, wanted, now)
+        return Reading(
+            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
+            now,
+        )  # fmt: skip
+
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
 
@@ -165,6 +187,7 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
+        self._wanted = len(self.tokens) + len(ids)
         whole = [int(i) for i in ids]
         return [whole[start : start + size] for start in range(0, len(whole), size)]
 
@@ -176,7 +199,11 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
-        result = self.session.run(feeds, wanted, stop=stop)
+        self._now = len(ids)
+        try:
+            result = self.session.run(feeds, wanted, stop=stop)
+        finally:
+            self._now = 0
         self.tokens += ids
         self.passes += 1
         for slot, present in self._carried.items():

@@ -163,6 +163,7 @@ class Session:
             self._set_threads(self.threads)
             self._set_precision(self.precision)
             checked = _checked_feeds(self.inputs, feeds)
+            getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)
             if values is None:

@@ -16,6 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
+from .errors import Interrupted
 from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
 from .weight import Weight
@@ -25,6 +26,8 @@ PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit 
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
 READERS = 3  # reads under way at a time: more are no faster, and wake more threads
+CLOSING_S = 1.0  # for a read that is under way to end
+LOOK_S = 0.05  # how often somebody who waits looks whether to stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +82,7 @@ class _Ring:
         self.pieces: Sequence[Piece] = ()
         self.bytes_read = 0
         self.reading: str = ""
+        self.pass_read = 0  # bytes of this pass that the consumer has had
         self.waited = 0.0  # seconds that the consumer waited
         each = room(size)
         memory = aligned(slots * each)
@@ -90,15 +94,18 @@ class _Ring:
         self._passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
+        self.stop_on: threading.Event | None = None  # a pass may be given up
         self._threads: list[threading.Thread] = []
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """A pass over the pieces begins; what was read ahead for it is kept."""
+        changed = self.files.forget_changed()
         with self._change:
             failed = any(isinstance(found, BaseException) for _, found in self._ready.values())
-            if failed or self.pieces is not pieces or self._next_use % max(1, len(pieces)):
+            midway = self.pieces is not pieces or self._next_use % max(1, len(pieces))
+            if midway or changed or failed:
                 self._restart()
-            self.pieces = pieces
+            self.pieces, self.pass_read = pieces, 0
             self._passes += 1
             if pieces and not self._threads:
                 self._threads = [
@@ -152,13 +159,14 @@ class _Ring:
         with self._change:
             started = perf_counter()
             while (number := self._number(piece)) is not None:
+                self._look()
                 self._next_use = number
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
                     self._change.notify_all()
                 if number in self._ready:
                     break
-                self._change.wait()
+                self._change.wait(LOOK_S if self.stop_on is not None else None)
             self.waited += perf_counter() - started
             if number is None:
                 return None
@@ -168,7 +176,12 @@ class _Ring:
                 self._free.append(slot)
                 self._change.notify_all()
                 raise found
+            self.pass_read += piece.nbytes
             return slot, found
+
+    def _look(self) -> None:
+        if self.stop_on is not None and self.stop_on.is_set():
+            raise Interrupted("the run was stopped")
 
     def _number(self, piece: Piece) -> int | None:
         """Which one it is in this pass; None when it is past, or nothing is read any more."""
@@ -199,10 +212,10 @@ class _Ring:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files. A read that the disk does not answer may go on."""
         self.stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSING_S)
         self.files.close()
 
 
@@ -300,6 +313,11 @@ class StreamProvider:
         return sum(piece.nbytes for piece in self._order)
 
     @property
+    def pass_read(self) -> int:
+        """Bytes of them that the pass under way has used."""
+        return self._ring.pass_read
+
+    @property
     def reading(self) -> str:
         """The weight that was read last."""
         return self._ring.reading
@@ -321,8 +339,13 @@ class StreamProvider:
         held = self._memory.get(ref.rows(0, rows)) if rows else None
         return _Streamed(ref, held, pieces, self._ring)
 
+    def stop_on(self, stop: threading.Event | None) -> None:
+        """Give up a pass, with Interrupted, when `stop` is set while it waits for the disk."""
+        self._ring.stop_on = stop
+
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins. Its order is that of the weights this provider was made for."""
+        self._disk.prefetch(refs)
         self._ring.begin(self._order)
 
     def release(self, ref: WeightRef) -> None:

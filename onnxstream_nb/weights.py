@@ -104,7 +104,8 @@ class DiskProvider:
         return np.stack(rows) if rows else np.empty((0, each), np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: every read waits for its turn."""
+        """Nothing to read: every read waits for its turn. Files that changed are opened anew."""
+        self._files.forget_changed()
 
     def release(self, ref: WeightRef) -> None:
         """Nothing is kept."""
