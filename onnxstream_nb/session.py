@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
 IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
-IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -169,8 +168,9 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-            token = self._has_budget and _is_token(checked)
-            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
+            if self._has_budget:
+                self._arena.trim_unused()
+            self._arena.trim(IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
