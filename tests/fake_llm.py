@@ -55,7 +55,8 @@ def shout(message: str) -> str:
 class FakeLLM:
     """Continues a ChatML prompt with `answer(last user message)`, any other text with "!".
 
-    `delay` is seconds for each chunk fed. `fed` counts tokens fed, `calls` the ids of each feed.
+    `delay` is seconds for each chunk fed. `calls` are the ids of each feed, `longest` is the most
+    tokens that it held.
     """
 
     streams, every_position = False, True
@@ -70,7 +71,7 @@ class FakeLLM:
         self.context, self.vocab_size, self.delay = context, VOCAB, delay
         self.tokens: list[int] = []
         self.calls: list[list[int]] = []
-        self.passes = 0
+        self.passes = self.longest = 0
         self.closed = False
         self.fail: Exception | None = None
         self._answer = answer
@@ -89,6 +90,7 @@ class FakeLLM:
                 raise Interrupted("stopped while reading")
             self.tokens += ids[start : start + CHUNK]
             self.passes += 1
+        self.longest = max(self.longest, len(self.tokens))
         logits = np.full(VOCAB, -30.0, np.float32)
         logits[self.wanted()] = 30.0
         return logits
