@@ -278,12 +278,13 @@ class Session:
 
 def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
-    arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
+    arrays = [f for n, f in feeds.items() if isinstance(f, np.ndarray) and n != passes.LOGIT_ROWS]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
     if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return False
     total = slots[0].length + 1  # what an attention mask covers
-    return all(f.size in (1, total) for f in arrays)
+    sizes = {f.size for f in arrays}
+    return 1 in sizes and sizes <= {1, total}
 
 
 def _thread_count(threads: int | None) -> int:

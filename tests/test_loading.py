@@ -15,7 +15,7 @@ from onnx import helper
 from onnx_models import make, refusal, value
 from weight_files import pieces_of, until
 
-from onnxstream_nb import device
+from onnxstream_nb import device, loading
 from onnxstream_nb.errors import MemoryBudgetError, UsageError
 from onnxstream_nb.graph import Graph, Node, Value, WeightRef
 from onnxstream_nb.loading import (
@@ -70,10 +70,10 @@ def test_budget_and_mmap(model: Path) -> None:
     assert "--ram" in message and "mmap" in message
 
 
-def test_auto_maps_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_keeps_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "memory_available", lambda: 10**11)
     with Session(model) as session:
-        assert isinstance(session.provider, MmapProvider)
+        assert isinstance(session.provider, RamProvider)
         runs(session, model)
 
 
@@ -86,16 +86,16 @@ def test_auto_streams_what_does_not_fit(
     more = WORK + (CHUNK // LEAST_CHUNK - 1) * (WORK - BASE) + reserve + sum(BYTES)
     monkeypatch.setattr(device, "memory_available", lambda: int(more / 0.9) + 2)
     with Session(model, reserve=reserve) as session:
-        assert isinstance(session.provider, MmapProvider) and session.chunk == CHUNK
+        assert isinstance(session.provider, RamProvider) and session.chunk == CHUNK
     monkeypatch.setattr(device, "memory_available", lambda: int((more - 10) / 0.9))
     with Session(model, reserve=reserve) as session:
-        assert isinstance(session.provider, StreamProvider) and session.provider.in_place
+        assert isinstance(session.provider, StreamProvider) and not session.provider.bytes_a_pass
         assert session.chunk == CHUNK // 2
         runs(session, model)
     needed = WORK + reserve + sum(BYTES)
     monkeypatch.setattr(device, "memory_available", lambda: int((needed - 10) / 0.9))
     with Session(model, reserve=reserve) as session:
-        assert isinstance(session.provider, StreamProvider) and not session.provider.in_place
+        assert isinstance(session.provider, StreamProvider) and session.provider.bytes_a_pass
         runs(session, model)
 
 
@@ -204,6 +204,7 @@ def test_work_grows_with_what_is_made_for_an_operator(streams: bool) -> None:
             graph = Graph((Node(operator, names, ("y",)),), (x,), (y,), refs, {"": 13})
             with Session(graph, optimize=False) as session, pytest.MonkeyPatch.context() as patch:
                 pieces_of(patch, 4096)
+                patch.setattr(loading, "_activations", lambda plan, chunk: 0)
                 sizes[encoding, operator, shape] = work_bytes(session.plan, 0, streams) - BASE
     gathered, floats = (360_000, 180_000) if streams else (0, 0), 360_000
     matrix, deep, long = (300, 300), (3, 100, 300), (1, 90_000)
