@@ -82,6 +82,8 @@ class LanguageModel:
             progress=progress,
         )  # fmt: skip
         self.chunk = self.session.chunk
+        if progress is not None and self.session.reserve < reserve[0]:
+            progress("setting aside room on disk for the context", None)
         try:
             self._cache = KVCache(
                 self.graph, pairs, kv_cache, self.context,

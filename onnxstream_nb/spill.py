@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -53,6 +54,7 @@ class SpillFile:
         self._pool = ThreadPoolExecutor(READERS, "spill")
         self._begun: list[Future[None]] = []
         self._memory: dict[str, Array] = {}
+        self._windows: dict[tuple[Any, ...], tuple[KVSlot, ...]] = {}
 
     def read(self, into: Array, offset: int) -> None:
         """Fill `into`, flat uint8, from an offset on."""
@@ -84,13 +86,31 @@ class SpillFile:
     def memory(self, name: str, nbytes: int) -> Array:
         """Working memory, flat uint8; who asks again for the same name gets the same."""
         if name not in self._memory or self._memory[name].nbytes < nbytes:
+            self._windows.clear()
             self._memory[name] = zeroed(nbytes)
         return self._memory[name][:nbytes]
 
-    def begin(self, calls: Sequence[Any]) -> None:
-        """Begin calls (function, *arguments), of which nobody may still be under way."""
-        wait(self._begun)  # those of a run that was given up
-        self._begun = [self._pool.submit(*call) for call in calls]
+    def windows(
+        self, name: str, slots: Sequence[SpilledSlot], heads: int, positions: int
+    ) -> tuple[KVSlot, ...]:
+        """A window of so many heads and positions for each slot, their contents undefined, in the
+        memory of that name."""
+        key = (name, heads, positions, *(slot.geometry for slot in slots))
+        if key not in self._windows:
+            sizes = [_window_bytes(slot, heads, positions) for slot in slots]
+            memory = self.memory(name, sum(sizes))
+            ends = accumulate(sizes)
+            self._windows[key] = tuple(
+                slot.window(heads, positions, memory[end - size : end])
+                for slot, size, end in zip(slots, sizes, ends, strict=True)
+            )
+        return self._windows[key]
+
+    def begin(self, calls: Sequence[tuple[Callable[..., None], KVSlot, Part]]) -> None:
+        """Begin calls of `load`, by all readers; none may be under way but of a run given up."""
+        wait(self._begun)
+        shares = (calls[i::READERS] for i in range(READERS))
+        self._begun = [self._pool.submit(_call_all, share) for share in shares if share]
 
     def settle(self) -> None:
         """Wait for what was begun; raises the first error."""
@@ -106,6 +126,7 @@ class SpillFile:
         """Give the room on disk back; slots in the file may not be used any more."""
         self._pool.shutdown()
         self._memory.clear()
+        self._windows.clear()
         self._close()
 
 
@@ -117,6 +138,11 @@ def _unnamed_file(folder: Path, nbytes: int) -> int:
         else:
             file.truncate(nbytes)
         return os.dup(file.fileno())
+
+
+def _call_all(calls: Sequence[tuple[Callable[..., None], KVSlot, Part]]) -> None:
+    for function, window, part in calls:
+        function(window, part)
 
 
 def _advise(descriptor: int, runs: Sequence[tuple[int, int]]) -> None:
@@ -136,6 +162,11 @@ class SpilledSlot(Slot):
     def __init__(self, file: SpillFile, offset: int, like: Slot) -> None:
         super().__init__(like.kind, like.heads, like.size, like.dtype, like.encoding, like.capacity)
         self.file, self.offset = file, offset
+
+    @property
+    def geometry(self) -> tuple[str, int, str]:
+        """What windows of different slots have in common."""
+        return self.kind, self.size, self.encoding
 
     def with_values(self, values: SpilledSlot) -> SpilledPair:
         """These keys beside their values."""
@@ -187,8 +218,9 @@ class SpilledPair:
 
     def __init__(self, keys: SpilledSlot, values: SpilledSlot) -> None:
         self.keys, self.values, self.file = keys, values, keys.file
+        self._slots = keys, values
 
-    def tail(self, tokens: int) -> tuple[KVSlot, KVSlot]:
+    def tail(self, tokens: int) -> tuple[KVSlot, ...]:
         """Windows of all heads on the block that `length` lies in and room for so many tokens.
 
         Their `length` is that of the slots, counted from the block's beginning.
@@ -196,19 +228,20 @@ class SpilledPair:
         first = self.keys.length // BLOCK * BLOCK
         inside = self.keys.length - first
         self.keys.reserve(first + inside + tokens)
-        pair = self._windows("tail", self.keys.heads, inside + tokens)
-        for slot, window in zip((self.keys, self.values), pair, strict=True):
+        positions = -(-(inside + tokens) // BLOCK) * BLOCK
+        pair = self.file.windows("tail", self._slots, self.keys.heads, positions)
+        for slot, window in zip(self._slots, pair, strict=True):
             window.memory[:] = 0
             for head in range(slot.heads if inside else 0):
                 slot.load(window, (head, head, first, first + BLOCK))
             window.length = inside
         return pair
 
-    def store(self, pair: tuple[KVSlot, KVSlot], tokens: int) -> None:
+    def store(self, pair: Sequence[KVSlot], tokens: int) -> None:
         """Write what `tail` gave, with so many tokens more."""
         at = self.keys.length
         first, stop = at // BLOCK * BLOCK, -(-(at + tokens) // BLOCK) * BLOCK
-        for slot, window in zip((self.keys, self.values), pair, strict=True):
+        for slot, window in zip(self._slots, pair, strict=True):
             for head in range(slot.heads):
                 slot.store(window, (head, head, first, stop))
 
@@ -218,22 +251,24 @@ class SpilledPair:
 
     def slices(
         self, windows: int, slices: Sequence[Sequence[Part]]
-    ) -> Iterator[tuple[KVSlot, KVSlot, Sequence[Part]]]:
+    ) -> Iterator[tuple[KVSlot, ...]]:
         """For each slice the windows of keys and of values that hold its parts, until the next one
         is asked for: that is read meanwhile."""
         positions = self.slice_positions(windows)
-        pairs = [self._windows(name, windows, positions) for name in ("even", "odd")]
+        pairs = [
+            self.file.windows(name, self._slots, windows, positions) for name in ("even", "odd")
+        ]
 
-        def reads(i: int) -> list[Any]:
-            slots = list(zip((self.keys, self.values), pairs[i % 2], strict=True))
+        def begin(i: int) -> None:
+            slots = list(zip(self._slots, pairs[i % 2], strict=True))
             parts = slices[i] if i < len(slices) else ()
-            return [(slot.load, window, part) for part in parts for slot, window in slots]
+            self.file.begin([(slot.load, window, p) for p in parts for slot, window in slots])
 
-        self.file.begin(reads(0))
-        for i, parts in enumerate(slices):
+        begin(0)
+        for i in range(len(slices)):
             self.file.settle()
-            self.file.begin(reads(i + 1))
-            yield (*pairs[i % 2], parts)
+            begin(i + 1)
+            yield pairs[i % 2]
 
     def state(self, nbytes: int) -> Array:
         """Memory for what is kept from one slice to the next."""
@@ -244,14 +279,6 @@ class SpilledPair:
         following = self.keys.following
         if following is not None:
             self.file.advise([*following.keys.filled(), *following.values.filled()])
-
-    def _windows(self, name: str, heads: int, positions: int) -> tuple[KVSlot, KVSlot]:
-        sizes = [_window_bytes(slot, heads, positions) for slot in (self.keys, self.values)]
-        memory = self.file.memory(name, sum(sizes))
-        return (
-            self.keys.window(heads, positions, memory[: sizes[0]]),
-            self.values.window(heads, positions, memory[sizes[0] :]),
-        )
 
 
 def _window_bytes(slot: Slot, heads: int, positions: int) -> int:
