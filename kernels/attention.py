@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..registry import op
 from .attention_calls import cached_rows, prompt_rows
-from .buffers import empty
+from .buffers import contiguous, empty
 from .flash import BEFORE, CAUSAL
 from .lowered import plain
 from .spilled_attention import spilled_rows
@@ -29,17 +29,19 @@ def _heads(x, heads):
                 "q_num_heads and kv_num_heads are needed for 3-D inputs"
             )
         x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
-    x = x if x.dtype == np.float32 else x.astype(np.float32)
-    return x if x.strides[3] == 4 else np.ascontiguousarray(x)
+    return x if x.dtype == np.float32 and x.strides[3] == 4 else contiguous(x, np.float32)
 
 
 def _blocked_keys(k):
     """(B, KV, S, D) -> (B, KV, S / 32, D, 32), S padded with zeros."""
     b, heads, s, d = k.shape
-    keys = np.zeros((b, heads, -(-s // 32) * 32, d), np.float32)
-    keys[:, :, :s] = k
-    blocks = keys.reshape(b, heads, keys.shape[2] // 32, 32, d).swapaxes(3, 4)
-    return np.ascontiguousarray(blocks)
+    blocks, whole = empty((b, heads, -(-s // 32), d, 32)), s // 32
+    for i in range(whole):
+        blocks[:, :, i] = k[:, :, 32 * i : 32 * i + 32].swapaxes(2, 3)
+    if whole < blocks.shape[2]:
+        blocks[:, :, whole] = 0
+        blocks[:, :, whole, :, : s % 32] = k[:, :, 32 * whole :].swapaxes(2, 3)
+    return blocks
 
 
 def _additive(mask, keys):
@@ -71,7 +73,7 @@ def _limits(batch, queries, keys, before, is_causal, lengths, left, right):
 
 def _plain(q, k, v, mask, scale, softcap, options):
     """The calls for attention over arrays."""
-    v = v if v.strides[3] == 4 else np.ascontiguousarray(v)
+    v = v if v.strides[3] == 4 else contiguous(v)
     keys = _blocked_keys(k)
     stored = (keys.ctypes.data, *keys.strides[:2], v.ctypes.data, *v.strides[:2], 128, v.strides[2],
               0, 0, 0)  # fmt: skip
@@ -191,6 +193,6 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     if flat:
         y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
     else:
-        y = np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+        y = contiguous(y.transpose(0, 2, 1, 3))
     outputs = (y.astype(dtype, copy=False), present_key, present_value, scores)
     return outputs[0] if n_outputs == 1 else outputs[:n_outputs]

@@ -6,7 +6,7 @@ size of queries and keys, E size of values.
 
 import numpy as np
 
-from .buffers import empty
+from .buffers import contiguous, empty
 from .cache import AT, cache_append
 from .decode_attention import attention_decode, partial_bytes
 from .decode_attention import scratch_bytes as decode_scratch_bytes
@@ -22,7 +22,7 @@ def _mask_view(mask, shape):
         return None, (0, 0, 0, 0)
     # Keys must be contiguous; the other axes may repeat.
     if mask.shape[-1] != shape[-1] or mask.strides[-1] != 4:
-        mask = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
+        mask = contiguous(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
     wide = np.broadcast_to(mask, shape)
     return mask, (wide.ctypes.data, *wide.strides[:3])
 

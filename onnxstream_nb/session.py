@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import formats, passes, trace
-from .device import parse_size, physical_cores
+from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose_reserve, make_provider
+from .loading import choose, choose_reserve, make_provider
 from .lowering import Replay
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
+IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
+IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -96,6 +98,7 @@ class Session:
         reserve: int | Sequence[int] = 0,
         progress: Progress | None = None,
     ) -> None:
+        peak = peak_rss()
         graph = load_graph(model)
         self.graph = passes.optimize(graph, decode_constant) if optimize else graph
         self.threads = _thread_count(threads)
@@ -109,9 +112,10 @@ class Session:
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        reserves = (reserve,) if isinstance(reserve, int) else reserve
+        reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
         holding, self.reserve = choose_reserve(
-            self.plan, load, budget, reserves, packer.panel_bytes
+            partial(choose, self.plan, load, budget, packer.panel_bytes, reached),
+            (reserve,) if isinstance(reserve, int) else reserve,
         )
         if holding.slots:
             prepare(self.plan.kernels)
@@ -122,6 +126,7 @@ class Session:
         self._closed = False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
+        self._arena, self._has_budget = internal("Arena")(), ram is not None
         self._decode = internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
@@ -158,11 +163,14 @@ class Session:
             self._set_threads(self.threads)
             self._set_precision(self.precision)
             checked = _checked_feeds(self.inputs, feeds)
+            getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
+            token = self._has_budget and _is_token(checked)
+            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -198,10 +206,9 @@ class Session:
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
             arguments = [self._argument(values, name, form) for name, form in step.inputs]
-            results = step.call(arguments)
-            for name, result in zip(step.outputs, results, strict=False):
-                if name:
-                    values[name] = result
+            named = zip(step.outputs, step.call(arguments), strict=False)
+            values.update((name, result) for name, result in named if name)
+            del arguments, named  # or what dies now would live through the next step
             for ref in step.weights:
                 self.provider.release(ref)
             for name in step.dead:
@@ -260,6 +267,7 @@ class Session:
         with self._lock:
             self._closed, self._replay = True, None
             getattr(self.provider, "close", lambda: None)()
+            self._arena.trim()
 
     def __enter__(self) -> Session:
         return self

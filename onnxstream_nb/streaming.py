@@ -16,15 +16,18 @@ from time import perf_counter
 
 import numpy as np
 
+from .errors import Interrupted
 from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
 from .weight import Weight
-from .weights import DiskProvider, RamProvider, WeightsProvider
+from .weights import DiskProvider, RamProvider, WeightsProvider, in_memory
 
 PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit a small budget
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
-READERS = 2  # reads under way at a time: more are no faster, and wake more threads
+READERS = 3  # reads under way at a time: more are no faster, and wake more threads
+CLOSING_S = 1.0  # for a read that is under way to end
+LOOK_S = 0.05  # how often somebody who waits looks whether to stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +49,15 @@ class Piece:
         return self.stop - self.start
 
 
+def by_rows(ref: WeightRef, size: int = PIECE) -> bool:
+    """Whether a weight comes in stored rows; any other one is gathered before it is used."""
+    return ref.cut_by_rows and ref.nbytes // ref.stored_shape[0] <= size
+
+
 def cut(ref: WeightRef, held: int = 0, size: int = PIECE) -> tuple[Piece, ...]:
-    """The pieces of a weight without its first `held` stored rows, none longer than `size` bytes
-    unless a single row is."""
-    if not ref.cut_by_rows or ref.nbytes // ref.stored_shape[0] > size:
+    """The pieces of a weight, none longer than `size` bytes; of one that comes in stored rows
+    without the first `held`."""
+    if not by_rows(ref, size=size):
         return tuple(
             Piece(part, at, min(part.nbytes, at + size))
             for part in ref.parts or (ref,)
@@ -74,6 +82,7 @@ class _Ring:
         self.pieces: Sequence[Piece] = ()
         self.bytes_read = 0
         self.reading: str = ""
+        self.pass_read = 0  # bytes of this pass that the consumer has had
         self.waited = 0.0  # seconds that the consumer waited
         each = room(size)
         memory = aligned(slots * each)
@@ -82,16 +91,22 @@ class _Ring:
         self._ready: dict[int, tuple[int, Bytes | BaseException]] = {}
         self._next_read = self._next_use = 0
         self._epoch = 0  # of the numbering; what was begun in an earlier one is dropped
+        self._passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
+        self.stop_on: threading.Event | None = None  # a pass may be given up
         self._threads: list[threading.Thread] = []
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """A pass over the pieces begins; what was read ahead for it is kept."""
+        changed = self.files.forget_changed()
         with self._change:
-            if self.pieces is not pieces or self._next_use % max(1, len(pieces)):
+            failed = any(isinstance(found, BaseException) for _, found in self._ready.values())
+            midway = self.pieces is not pieces or self._next_use % max(1, len(pieces))
+            if midway or changed or failed:
                 self._restart()
-            self.pieces = pieces
+            self.pieces, self.pass_read = pieces, 0
+            self._passes += 1
             if pieces and not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, daemon=True) for _ in range(READERS)
@@ -113,7 +128,7 @@ class _Ring:
                     self._change.wait()
                 if self._closed:
                     return
-                number, epoch = self._next_read, self._epoch
+                number, epoch, passes = self._next_read, self._epoch, self._passes
                 piece, slot = self.pieces[number % len(self.pieces)], self._free.pop()
                 self._next_read += 1
             result: Bytes | BaseException
@@ -123,12 +138,15 @@ class _Ring:
                 )
             except BaseException as error:  # handed to the thread that asks for the piece
                 result = error
+            failed = isinstance(result, BaseException)
             with self._change:
+                if failed and passes != self._passes and epoch == self._epoch:
+                    self._restart()  # an error belongs to the pass that met it
                 if epoch == self._epoch:
                     self._ready[number] = slot, result
                 else:
                     self._free.append(slot)
-                self.bytes_read += piece.nbytes
+                self.bytes_read += 0 if failed else piece.nbytes
                 self.reading = piece.ref.name
                 del result  # or this thread would keep an error's traceback until the next read
                 self._change.notify_all()
@@ -139,28 +157,47 @@ class _Ring:
         Pieces before it are not needed: their slots become free.
         """
         with self._change:
-            number = self._number(piece)
-            if number is None:
-                return None
             started = perf_counter()
-            while number not in self._ready:
+            while (number := self._number(piece)) is not None:
+                self._look()
+                self._next_use = number
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
                     self._change.notify_all()
-                self._change.wait()
+                if number in self._ready:
+                    break
+                self._change.wait(LOOK_S if self.stop_on is not None else None)
             self.waited += perf_counter() - started
+            if number is None:
+                return None
             self._next_use = number + 1
             slot, found = self._ready.pop(number)
             if isinstance(found, BaseException):
                 self._free.append(slot)
+                self._change.notify_all()
                 raise found
+            self.pass_read += piece.nbytes
             return slot, found
 
+    def _look(self) -> None:
+        if self.stop_on is not None and self.stop_on.is_set():
+            raise Interrupted("the run was stopped")
+
     def _number(self, piece: Piece) -> int | None:
+        """Which one it is in this pass; None when it is past, or nothing is read any more."""
+        if self._closed:
+            return None
         count = len(self.pieces)
         last = -(-(self._next_use + 1) // count) * count if count else 0
         numbers = range(self._next_use, last)
         return next((n for n in numbers if self.pieces[n % count] is piece), None)
+
+    def read(self, piece: Piece) -> Bytes:
+        """The bytes of a piece that nobody announced."""
+        found = self.files.read(piece.ref, piece.start, piece.stop)
+        with self._change:
+            self.bytes_read += piece.nbytes
+        return found
 
     def give_back(self, slot: int) -> None:
         """The bytes in a slot are no longer needed."""
@@ -175,10 +212,10 @@ class _Ring:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files. A read that the disk does not answer may go on."""
         self.stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSING_S)
         self.files.close()
 
 
@@ -196,6 +233,9 @@ class _Streamed(Weight):
 
     def tiles(self) -> Iterator[Weight]:
         """Its stored rows from the first to the last; each tile until the next is asked for."""
+        if not by_rows(self.ref):
+            yield self.whole()
+            return
         if self._held is not None:
             yield self._held
         for piece, bytes_ in self._bytes():
@@ -216,9 +256,12 @@ class _Streamed(Weight):
 
     def _bytes(self) -> Iterator[tuple[Piece, Bytes]]:
         for piece in self._pieces:
+            if not _is_read(piece):
+                yield piece, in_memory(piece.ref)[piece.start : piece.stop]
+                continue
             taken = self._ring.take(piece)
-            if taken is None:  # nobody announced it
-                yield piece, self._ring.files.read(piece.ref, piece.start, piece.stop)
+            if taken is None:
+                yield piece, self._ring.read(piece)
                 continue
             try:
                 yield piece, taken[1]
@@ -230,8 +273,8 @@ class StreamProvider:
     """Streams weights through a ring of buffers; some of their rows may be held in memory.
 
     `refs` are all weights in the order of their use. `held` says of how many stored rows of which
-    matrix (by `WeightRef.matrix`; of one that is not cut by rows, all or none) `memory` keeps and
-    serves. Of `tables` only rows are looked up, and each is read when it is wanted.
+    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps
+    and serves. Of `tables` only rows are looked up, and each is read when it is wanted.
     """
 
     def __init__(
@@ -252,7 +295,8 @@ class StreamProvider:
             for ref in refs
             if ref.matrix not in self._tables and _has_file(ref) and not self._is_held(ref)
         }
-        self._order = [piece for ref in refs for piece in self._cut.get(ref.matrix, ())]
+        pieces = (piece for ref in refs for piece in self._cut.get(ref.matrix, ()))
+        self._order = [piece for piece in pieces if _is_read(piece)]
         largest = max((piece.nbytes for piece in self._order), default=0)
         self._ring = _Ring(slots if self._order else 0, largest)
         weakref.finalize(self, self._ring.stop)
@@ -269,13 +313,18 @@ class StreamProvider:
         return sum(piece.nbytes for piece in self._order)
 
     @property
+    def pass_read(self) -> int:
+        """Bytes of them that the pass under way has used."""
+        return self._ring.pass_read
+
+    @property
     def reading(self) -> str:
         """The weight that was read last."""
         return self._ring.reading
 
     def _is_held(self, ref: WeightRef) -> bool:
         rows = self._held.get(ref.matrix, 0)
-        return rows > 0 and (not ref.cut_by_rows or rows >= ref.stored_shape[0])
+        return rows > 0 and (not by_rows(ref) or rows >= ref.stored_shape[0])
 
     def get(self, ref: WeightRef) -> Weight:
         """The weight: in memory, or a view of the pieces in which it comes."""
@@ -290,8 +339,13 @@ class StreamProvider:
         held = self._memory.get(ref.rows(0, rows)) if rows else None
         return _Streamed(ref, held, pieces, self._ring)
 
+    def stop_on(self, stop: threading.Event | None) -> None:
+        """Give up a pass, with Interrupted, when `stop` is set while it waits for the disk."""
+        self._ring.stop_on = stop
+
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins. Its order is that of the weights this provider was made for."""
+        self._disk.prefetch(refs)
         self._ring.begin(self._order)
 
     def release(self, ref: WeightRef) -> None:
@@ -305,4 +359,8 @@ class StreamProvider:
 
 
 def _has_file(ref: WeightRef) -> bool:
-    return ref.nbytes > 0 and all(isinstance(p.source, Path) for p in ref.parts or (ref,))
+    return ref.nbytes > 0 and any(isinstance(p.source, Path) for p in ref.parts or (ref,))
+
+
+def _is_read(piece: Piece) -> bool:
+    return isinstance(piece.ref.source, Path)

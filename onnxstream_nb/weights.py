@@ -100,10 +100,12 @@ class DiskProvider:
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        return np.stack([self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)])
+        rows = [self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)]
+        return np.stack(rows) if rows else np.empty((0, each), np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: every read waits for its turn."""
+        """Nothing to read: every read waits for its turn. Files that changed are opened anew."""
+        self._files.forget_changed()
 
     def release(self, ref: WeightRef) -> None:
         """Nothing is kept."""

@@ -19,6 +19,8 @@ ROOMS = {
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
     "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
     "spill": "kvcache",
+    "liveness": "session", "shapes": "session",
+    "speculation": "model", "drafting": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 

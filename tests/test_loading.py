@@ -23,7 +23,7 @@ from onnxstream_nb import device
 from onnxstream_nb.errors import MemoryBudgetError, UsageError
 from onnxstream_nb.graph import Graph, Node, Value, WeightRef
 from onnxstream_nb.llm import LanguageModel
-from onnxstream_nb.loading import ARRAYS, BASE, CHUNK, prompt_chunk, work_bytes
+from onnxstream_nb.loading import ARRAYS, BASE, CHUNK, logit_chunk, prompt_chunk, work_bytes
 from onnxstream_nb.session import Session
 from onnxstream_nb.weights import BudgetProvider, MmapProvider, PrefetchProvider, RamProvider
 
@@ -238,8 +238,8 @@ def test_a_session_that_is_dropped_ends_its_thread(model: Path) -> None:
 # -- language models
 
 
-def _products(*shapes: tuple[int, int], last: int = 0) -> Graph:
-    """Products of a prompt with matrices (K, N), of its last position with a head (8, `last`)."""
+def _products(*shapes: tuple[int, int], last: int = 0, rows: str = "constant") -> Graph:
+    """Products of a prompt with matrices (K, N), of some positions with a head (8, `last`)."""
 
     def ref(name: str, *shape: int, dtype: str = "float32") -> WeightRef:
         return WeightRef(name, shape, dtype, b"", 0, 4 * math.prod(shape))
@@ -247,12 +247,12 @@ def _products(*shapes: tuple[int, int], last: int = 0) -> Graph:
     refs = {f"W{i}": ref(f"W{i}", *shape) for i, shape in enumerate(shapes)}
     nodes = [Node("MatMul", ("x", name), (f"y{name}",)) for name in refs]
     if last:
-        refs |= {"head": ref("head", 8, last), "i": ref("i", 1, dtype="int64")}
-        nodes.append(Node("Gather", ("x", "i"), ("hidden",), {"axis": 1}))
+        refs |= {"head": ref("head", 8, last), "constant": ref("constant", 1, dtype="int64")}
+        nodes.append(Node("Gather", ("x", rows), ("hidden",), {"axis": 1}))
         nodes.append(Node("MatMul", ("hidden", "head"), ("logits",)))
     outputs = tuple(Value(n.outputs[0], "float32", None) for n in nodes)
-    x = Value("x", "float32", (1, "t", "k"))
-    return Graph(tuple(nodes), (x,), outputs, refs, {"": 23})
+    inputs = (Value("x", "float32", (1, "t", "k")), Value("rows", "int64", ("r",)))
+    return Graph(tuple(nodes), inputs, outputs, refs, {"": 23})
 
 
 @pytest.mark.parametrize(
@@ -263,12 +263,38 @@ def _products(*shapes: tuple[int, int], last: int = 0) -> Graph:
 def test_a_prompt_is_read_in_pieces_that_a_stop_can_wait_for(
     shapes: list[tuple[int, int]], chunk: int
 ) -> None:
-    """At most 16e9 operations between two looks; the head's matrix sees one position only."""
+    """At most 16e9 operations between two looks; the head's matrix sees some positions only."""
     assert prompt_chunk(_products(*shapes)) == chunk
     assert prompt_chunk(_products(*shapes, last=10**9)) == chunk
+    assert prompt_chunk(_products(*shapes, last=10**9, rows="rows")) == chunk
     operations = max((2 * chunk * k * n for k, n in shapes), default=0)
     assert chunk == 32 or operations <= 16e9
     assert chunk == 512 or 2 * operations > 16e9
+
+
+@pytest.mark.parametrize("rows", ["constant", "rows"])
+@pytest.mark.parametrize(
+    ("vocabulary", "chunk"),
+    [(1000, 512), (19192, 512), (19193, 256), (38393, 128), (10**9, 32)],
+)
+def test_logits_take_no_more_memory_than_a_prompt(vocabulary: int, chunk: int, rows: str) -> None:
+    """Twice what the head gives, within five times what the largest product takes and gives."""
+    assert logit_chunk(_products((2048, 5632), last=vocabulary, rows=rows)) == chunk
+
+
+def test_logits_take_no_longer_than_a_prompt() -> None:
+    wide = _products((8, 10**9), last=10**9)
+    assert (prompt_chunk(wide), logit_chunk(wide)) == (32, 32)
+    narrow = _products((2 * 10**6, 1), last=3 * 10**6)
+    assert (prompt_chunk(narrow), logit_chunk(narrow)) == (512, 256)
+    assert logit_chunk(_products((64, 64))) == 512
+
+
+def test_a_product_with_rows_of_a_table_is_no_head() -> None:
+    graph = _products((8192, 28672), last=1)
+    lookup = Node("Gather", ("W0", "rows"), ("x",), {"axis": 0})
+    embedded = graph.with_(nodes=(lookup, *graph.nodes), inputs=graph.inputs[1:])
+    assert prompt_chunk(embedded) == prompt_chunk(graph) == 32
 
 
 def test_work_grows_with_what_is_decoded_for_an_operator() -> None:
