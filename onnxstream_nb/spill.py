@@ -1,4 +1,4 @@
-"""Keys and values on disk: a file without a name, read in slices while the last one is computed.
+"""Keys and values on disk, read in slices while the last one is computed.
 
 Dims: KV key/value heads, D their size, positions along the sequence. A window is a part of a slot
 in memory: of one head or several, from a block's beginning on.
@@ -6,150 +6,23 @@ in memory: of one head or several, from a block's beginning on.
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
 import numpy as np
 
-from .device import format_size
-from .errors import OnnxstreamError, UsageError
-from .kvslot import BLOCK, KVSlot, Slot, capacity_for, zeroed
+from .kvslot import BLOCK, Array, KVSlot, Slot, capacity_for
+from .spill_file import SpillFile
 
 KEYS = 128  # slices are cut at multiples of what Attention's kernels take at a time
 SLICE_BYTES = 2 << 20  # of keys and values: one slice is computed while another is read
 STATE_ROWS = 8192  # queries of a key/value head that go through the slices together
 MOST_WINDOWS = 32  # a slice has one for each share of the work, of which there are so many at most
-READERS = 4  # reads in flight
-ADVICE_BYTES = 1 << 20  # a system reads no more ahead for one request
 
-Array = np.ndarray[Any, Any]
 Part = tuple[int, int, int, int]
 """(window, head, start, stop): positions start .. stop of a head, in a window of a slice."""
-
-
-class SpillFile:
-    """A file of `nbytes` in `folder`, set aside at once and gone when the process ends.
-
-    Raises UsageError when the disk has not so much room, OnnxstreamError when it fails later.
-    """
-
-    def __init__(self, folder: Path, nbytes: int) -> None:
-        self.folder, self.nbytes = folder, nbytes
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = _unnamed_file(folder, nbytes)
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: {format_size(nbytes)} for the context's keys and values cannot be set "
-                f"aside on this disk ({error.strerror}): name a folder on another with --kv-spill, "
-                "or choose a smaller --context or a larger --ram"
-            ) from error
-        self._close = weakref.finalize(self, os.close, self._descriptor)
-        self._pool = ThreadPoolExecutor(READERS, "spill")
-        self._begun: list[Future[None]] = []
-        self._memory: dict[str, Array] = {}
-        self._windows: dict[tuple[Any, ...], tuple[KVSlot, ...]] = {}
-
-    def read(self, into: Array, offset: int) -> None:
-        """Fill `into`, flat uint8, from an offset on."""
-        view, done = memoryview(cast(Any, into)), 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                self._fail("reading", error)
-            if count == 0:
-                self._fail("reading", "the file ends before them")
-            done += count
-
-    def write(self, data: Array, offset: int) -> None:
-        """Write flat uint8 from an offset on."""
-        view, done = memoryview(cast(Any, data)), 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
-            except OSError as error:
-                self._fail("writing", error)
-
-    def _fail(self, what: str, problem: object) -> NoReturn:
-        raise OnnxstreamError(
-            f"{self.folder}: {what} the keys and values that lie there failed ({problem}): "
-            "name a folder on another disk with --kv-spill"
-        )
-
-    def memory(self, name: str, nbytes: int) -> Array:
-        """Working memory, flat uint8; who asks again for the same name gets the same."""
-        if name not in self._memory or self._memory[name].nbytes < nbytes:
-            self._windows.clear()
-            self._memory[name] = zeroed(nbytes)
-        return self._memory[name][:nbytes]
-
-    def windows(
-        self, name: str, slots: Sequence[SpilledSlot], heads: int, positions: int
-    ) -> tuple[KVSlot, ...]:
-        """A window of so many heads and positions for each slot, their contents undefined, in the
-        memory of that name."""
-        key = (name, heads, positions, *(slot.geometry for slot in slots))
-        if key not in self._windows:
-            sizes = [_window_bytes(slot, heads, positions) for slot in slots]
-            memory = self.memory(name, sum(sizes))
-            ends = accumulate(sizes)
-            self._windows[key] = tuple(
-                slot.window(heads, positions, memory[end - size : end])
-                for slot, size, end in zip(slots, sizes, ends, strict=True)
-            )
-        return self._windows[key]
-
-    def begin(self, calls: Sequence[tuple[Callable[..., None], KVSlot, Part]]) -> None:
-        """Begin calls of `load`, by all readers; none may be under way but of a run given up."""
-        wait(self._begun)
-        shares = (calls[i::READERS] for i in range(READERS))
-        self._begun = [self._pool.submit(_call_all, share) for share in shares if share]
-
-    def settle(self) -> None:
-        """Wait for what was begun; raises the first error."""
-        for call in self._begun:
-            call.result()
-
-    def advise(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Have (offset, bytes) read ahead by the system, as far as it has memory to spare."""
-        if hasattr(os, "posix_fadvise"):
-            self._pool.submit(_advise, self._descriptor, runs)
-
-    def close(self) -> None:
-        """Give the room on disk back; slots in the file may not be used any more."""
-        self._pool.shutdown()
-        self._memory.clear()
-        self._windows.clear()
-        self._close()
-
-
-def _unnamed_file(folder: Path, nbytes: int) -> int:
-    """The descriptor of a new file so long; where the system can, its blocks are its own."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        else:
-            file.truncate(nbytes)
-        return os.dup(file.fileno())
-
-
-def _call_all(calls: Sequence[tuple[Callable[..., None], KVSlot, Part]]) -> None:
-    for function, window, part in calls:
-        function(window, part)
-
-
-def _advise(descriptor: int, runs: Sequence[tuple[int, int]]) -> None:
-    for offset, nbytes in runs:
-        for at in range(offset, offset + nbytes, ADVICE_BYTES):
-            size = min(ADVICE_BYTES, offset + nbytes - at)
-            os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
 
 class SpilledSlot(Slot):
@@ -229,7 +102,7 @@ class SpilledPair:
         inside = self.keys.length - first
         self.keys.reserve(first + inside + tokens)
         positions = -(-(inside + tokens) // BLOCK) * BLOCK
-        pair = self.file.windows("tail", self._slots, self.keys.heads, positions)
+        pair = self._windows("tail", self.keys.heads, positions)
         for slot, window in zip(self._slots, pair, strict=True):
             window.memory[:] = 0
             for head in range(slot.heads if inside else 0):
@@ -255,20 +128,33 @@ class SpilledPair:
         """For each slice the windows of keys and of values that hold its parts, until the next one
         is asked for: that is read meanwhile."""
         positions = self.slice_positions(windows)
-        pairs = [
-            self.file.windows(name, self._slots, windows, positions) for name in ("even", "odd")
-        ]
+        pairs = [self._windows(name, windows, positions) for name in ("even", "odd")]
 
         def begin(i: int) -> None:
             slots = list(zip(self._slots, pairs[i % 2], strict=True))
             parts = slices[i] if i < len(slices) else ()
-            self.file.begin([(slot.load, window, p) for p in parts for slot, window in slots])
+            loads = (partial(slot.load, window) for slot, window in slots)
+            self.file.begin([partial(load, part) for load in loads for part in parts])
 
         begin(0)
         for i in range(len(slices)):
             self.file.settle()
             begin(i + 1)
             yield pairs[i % 2]
+
+    def _windows(self, name: str, heads: int, positions: int) -> tuple[KVSlot, ...]:
+        """A window of so many heads and positions for each slot, their contents undefined, in the
+        file's memory of that name."""
+        known = self.file.windows
+        key = (name, heads, positions, *(slot.geometry for slot in self._slots))
+        if key not in known:
+            sizes = [_window_bytes(slot, heads, positions) for slot in self._slots]
+            memory = self.file.memory(name, sum(sizes))
+            known[key] = tuple(
+                slot.window(heads, positions, memory[end - size : end])
+                for slot, size, end in zip(self._slots, sizes, accumulate(sizes), strict=True)
+            )
+        return known[key]
 
     def state(self, nbytes: int) -> Array:
         """Memory for what is kept from one slice to the next."""
