@@ -53,9 +53,7 @@ def _attend_prompt(pair, q, new, out, mask, scale, softcap, is_causal):
             for head in range(heads)
             for start in range(0, count, positions)
         ]
-        for (keys, values), ((_, head, start, stop),) in zip(
-            pair.slices(1, slices), slices, strict=True
-        ):
+        for keys, values, ((_, head, start, stop),) in pair.slices(1, slices):
             mine = slice(head * group, (head + 1) * group)
             prompt_rows(
                 q[:, mine, first:last], 1, stored_in(keys, values, start), count,
@@ -88,7 +86,7 @@ def _attend_token(pair, q, append, new, out, mask, scale, softcap):
     (function, *arguments), _held = token_call(
         q, append, new, out, mask, scale, softcap, scratch, (table.ctypes.data, 0)
     )
-    for i, (keys, values) in enumerate(pair.slices(shares, parts)):
+    for i, (keys, values, _) in enumerate(pair.slices(shares, parts)):
         table[:] = 0
         for part, nth, fresh in rounds[i]:
             result = arguments[SCRATCH] + each * part[0] + arguments[PARTIAL] * nth

@@ -18,6 +18,7 @@ from .spill_file import SpillFile
 
 KEYS = 128  # slices are cut at multiples of what Attention's kernels take at a time
 SLICE_BYTES = 2 << 20  # of keys and values: one slice is computed while another is read
+FEW_ROWS = 8  # that are computed as so many tokens
 STATE_ROWS = 8192  # queries of a key/value head that go through the slices together
 MOST_WINDOWS = 32  # a slice has one for each share of the work, of which there are so many at most
 
@@ -124,7 +125,7 @@ class SpilledPair:
 
     def slices(
         self, windows: int, slices: Sequence[Sequence[Part]]
-    ) -> Iterator[tuple[KVSlot, ...]]:
+    ) -> Iterator[tuple[KVSlot, KVSlot, Sequence[Part]]]:
         """For each slice the windows of keys and of values that hold its parts, until the next one
         is asked for: that is read meanwhile."""
         positions = self.slice_positions(windows)
@@ -137,10 +138,11 @@ class SpilledPair:
             self.file.begin([partial(load, part) for load in loads for part in parts])
 
         begin(0)
-        for i in range(len(slices)):
+        for i, parts in enumerate(slices):
             self.file.settle()
             begin(i + 1)
-            yield pairs[i % 2]
+            keys, values = pairs[i % 2]
+            yield keys, values, parts
 
     def _windows(self, name: str, heads: int, positions: int) -> tuple[KVSlot, ...]:
         """A window of so many heads and positions for each slot, their contents undefined, in the
@@ -182,11 +184,14 @@ def slice_positions(keys: Slot, values: Slot, windows: int) -> int:
 
 def working_bytes(keys: Slot, values: Slot, group: int, chunk: int, windows: int) -> int:
     """Most bytes in memory while a layer on disk is gone through, `chunk` tokens a pass, `group`
-    queries to a key/value head: two slices, the new positions, and the state of a prompt's rows."""
+    queries to a key/value head: two slices, the new positions, and what is kept from one slice to
+    the next, of a prompt's rows or of a few tokens in each share of the work."""
     slices = max(
         sum(_window_bytes(slot, n, slice_positions(keys, values, n)) for slot in (keys, values))
         for n in (1, windows)
     )
     tail = sum(_window_bytes(slot, slot.heads, chunk + BLOCK) for slot in (keys, values))
-    state = 5 * min(chunk * group, STATE_ROWS) * (values.padded + 17)  # floats, and half-used pages
-    return 2 * slices + tail + state
+    row = 5 * (values.padded + 17)  # floats, and half-used pages
+    state = row * min(chunk * group, STATE_ROWS)
+    tokens = FEW_ROWS * windows * group * (row * keys.heads + 4 * (keys.size + KEYS))
+    return 2 * slices + tail + max(state, tokens)
