@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
 IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
-IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -169,8 +168,9 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-            token = self._has_budget and _is_token(checked)
-            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
+            if self._has_budget:
+                self._arena.trim_unused()
+            self._arena.trim(IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -278,12 +278,13 @@ class Session:
 
 def _is_token(feeds: Mapping[str, Any]) -> bool:
     """Whether the feeds hold one token beside a cache that kernels append to."""
-    arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
+    arrays = [f for n, f in feeds.items() if isinstance(f, np.ndarray) and n != passes.LOGIT_ROWS]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
     if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return False
     total = slots[0].length + 1  # what an attention mask covers
-    return all(f.size in (1, total) for f in arrays)
+    sizes = {f.size for f in arrays}
+    return 1 in sizes and sizes <= {1, total}
 
 
 def _thread_count(threads: int | None) -> int:

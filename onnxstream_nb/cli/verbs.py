@@ -88,7 +88,7 @@ SAMPLING = (
         number(-INFINITY, INFINITY), "P",
     ),
     Option(("--stop",), "stop before this text; may be repeated", text, "TEXT", repeat=True),
-    Option(("--seed",), "same seed, same text", whole(0), "S"),
+    Option(("--seed",), "same seed, same text; with --draft another one", whole(0), "S"),
 )  # fmt: skip
 SHOW_PROMPT = Option(
     ("--show-prompt",), "print the rendered prompt on stderr", truth, default=False
