@@ -16,7 +16,7 @@ from . import passes
 from .device import physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_resident
+from .kvcache import ArraySlot, KVCache, bytes_at, bytes_resident
 from .loading import logit_chunk, prompt_precision
 from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
@@ -86,8 +86,9 @@ class LanguageModel:
             progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
-        full = bytes_resident(self.graph, pairs, self.context, kv_cache, windows=windows)
-        self.full_cache_bytes = full[0]
+        self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)
+        if progress is not None and self.session.reserve < reserve[0]:
+            progress("setting aside room on disk for the context", None)
         try:
             self._cache = KVCache(
                 self.graph, pairs, kv_cache, self.context,

@@ -18,7 +18,7 @@ ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
     "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
-    "spill": "kvcache",
+    "spill": "kvcache", "spill_file": "kvcache",
     "liveness": "session", "shapes": "session",
     "speculation": "model", "drafting": "model",
 }  # fmt: skip
