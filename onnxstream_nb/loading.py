@@ -13,7 +13,7 @@ from .files import room
 from .graph import Graph, WeightRef
 from .packing import PackedProvider, Packer, panels_bytes
 from .plan import Form, Plan
-from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, cut
+from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, by_rows, cut
 from .weights import MmapProvider, RamProvider, WeightsProvider
 
 MARGIN = 0.1  # of the free memory, left to the rest of the machine
@@ -66,7 +66,7 @@ def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
 
 def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
     """Bytes that an operator's turn makes of a stored weight: all of it, its floats, or panels."""
-    gathered = ref.nbytes if streams and (form is not Form.TILES or ref.parts) else 0
+    gathered = ref.nbytes if streams and (form is not Form.TILES or not by_rows(ref)) else 0
     if ref.parts and form:
         return gathered + (2 * ref.nbytes if packable else 9 * math.prod(ref.shape))
     if form or ref.encoding in ("raw", ref.dtype):
@@ -148,7 +148,7 @@ def _streamable(plan: Plan) -> list[WeightRef]:
 
 
 def _rows(ref: WeightRef) -> int:
-    return ref.stored_shape[0] if ref.cut_by_rows else 1
+    return ref.stored_shape[0] if by_rows(ref) else 1
 
 
 def _budget(

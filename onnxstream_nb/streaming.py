@@ -46,10 +46,15 @@ class Piece:
         return self.stop - self.start
 
 
+def by_rows(ref: WeightRef, size: int = PIECE) -> bool:
+    """Whether a weight comes in stored rows; any other one is gathered before it is used."""
+    return ref.cut_by_rows and ref.nbytes // ref.stored_shape[0] <= size
+
+
 def cut(ref: WeightRef, held: int = 0, size: int = PIECE) -> tuple[Piece, ...]:
-    """The pieces of a weight without its first `held` stored rows, none longer than `size` bytes
-    unless a single row is."""
-    if not ref.cut_by_rows or ref.nbytes // ref.stored_shape[0] > size:
+    """The pieces of a weight, none longer than `size` bytes; of one that comes in stored rows
+    without the first `held`."""
+    if not by_rows(ref, size=size):
         return tuple(
             Piece(part, at, min(part.nbytes, at + size))
             for part in ref.parts or (ref,)
@@ -82,6 +87,7 @@ class _Ring:
         self._ready: dict[int, tuple[int, Bytes | BaseException]] = {}
         self._next_read = self._next_use = 0
         self._epoch = 0  # of the numbering; what was begun in an earlier one is dropped
+        self._passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
         self._threads: list[threading.Thread] = []
@@ -89,9 +95,11 @@ class _Ring:
     def begin(self, pieces: Sequence[Piece]) -> None:
         """A pass over the pieces begins; what was read ahead for it is kept."""
         with self._change:
-            if self.pieces is not pieces or self._next_use % max(1, len(pieces)):
+            failed = any(isinstance(found, BaseException) for _, found in self._ready.values())
+            if failed or self.pieces is not pieces or self._next_use % max(1, len(pieces)):
                 self._restart()
             self.pieces = pieces
+            self._passes += 1
             if pieces and not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, daemon=True) for _ in range(READERS)
@@ -113,7 +121,7 @@ class _Ring:
                     self._change.wait()
                 if self._closed:
                     return
-                number, epoch = self._next_read, self._epoch
+                number, epoch, passes = self._next_read, self._epoch, self._passes
                 piece, slot = self.pieces[number % len(self.pieces)], self._free.pop()
                 self._next_read += 1
             result: Bytes | BaseException
@@ -123,12 +131,15 @@ class _Ring:
                 )
             except BaseException as error:  # handed to the thread that asks for the piece
                 result = error
+            failed = isinstance(result, BaseException)
             with self._change:
+                if failed and passes != self._passes and epoch == self._epoch:
+                    self._restart()  # an error belongs to the pass that met it
                 if epoch == self._epoch:
                     self._ready[number] = slot, result
                 else:
                     self._free.append(slot)
-                self.bytes_read += piece.nbytes
+                self.bytes_read += 0 if failed else piece.nbytes
                 self.reading = piece.ref.name
                 del result  # or this thread would keep an error's traceback until the next read
                 self._change.notify_all()
@@ -139,28 +150,41 @@ class _Ring:
         Pieces before it are not needed: their slots become free.
         """
         with self._change:
-            number = self._number(piece)
-            if number is None:
-                return None
             started = perf_counter()
-            while number not in self._ready:
+            while (number := self._number(piece)) is not None:
+                self._next_use = number
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
                     self._change.notify_all()
+                if number in self._ready:
+                    break
                 self._change.wait()
             self.waited += perf_counter() - started
+            if number is None:
+                return None
             self._next_use = number + 1
             slot, found = self._ready.pop(number)
             if isinstance(found, BaseException):
                 self._free.append(slot)
+                self._change.notify_all()
                 raise found
             return slot, found
 
     def _number(self, piece: Piece) -> int | None:
+        """Which one it is in this pass; None when it is past, or nothing is read any more."""
+        if self._closed:
+            return None
         count = len(self.pieces)
         last = -(-(self._next_use + 1) // count) * count if count else 0
         numbers = range(self._next_use, last)
         return next((n for n in numbers if self.pieces[n % count] is piece), None)
+
+    def read(self, piece: Piece) -> Bytes:
+        """The bytes of a piece that nobody announced."""
+        found = self.files.read(piece.ref, piece.start, piece.stop)
+        with self._change:
+            self.bytes_read += piece.nbytes
+        return found
 
     def give_back(self, slot: int) -> None:
         """The bytes in a slot are no longer needed."""
@@ -196,6 +220,9 @@ class _Streamed(Weight):
 
     def tiles(self) -> Iterator[Weight]:
         """Its stored rows from the first to the last; each tile until the next is asked for."""
+        if not by_rows(self.ref):
+            yield self.whole()
+            return
         if self._held is not None:
             yield self._held
         for piece, bytes_ in self._bytes():
@@ -217,8 +244,8 @@ class _Streamed(Weight):
     def _bytes(self) -> Iterator[tuple[Piece, Bytes]]:
         for piece in self._pieces:
             taken = self._ring.take(piece)
-            if taken is None:  # nobody announced it
-                yield piece, self._ring.files.read(piece.ref, piece.start, piece.stop)
+            if taken is None:
+                yield piece, self._ring.read(piece)
                 continue
             try:
                 yield piece, taken[1]
@@ -230,7 +257,7 @@ class StreamProvider:
     """Streams weights through a ring of buffers; some of their rows may be held in memory.
 
     `refs` are all weights in the order of their use. `held` says of how many stored rows of which
-    matrix (by `WeightRef.matrix`; of one that is not cut by rows, all or none) `memory` keeps and
+    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps and
     serves. Of `tables` only rows are looked up, and each is read when it is wanted.
     """
 
@@ -275,7 +302,7 @@ class StreamProvider:
 
     def _is_held(self, ref: WeightRef) -> bool:
         rows = self._held.get(ref.matrix, 0)
-        return rows > 0 and (not ref.cut_by_rows or rows >= ref.stored_shape[0])
+        return rows > 0 and (not by_rows(ref) or rows >= ref.stored_shape[0])
 
     def get(self, ref: WeightRef) -> Weight:
         """The weight: in memory, or a view of the pieces in which it comes."""
