@@ -33,7 +33,7 @@ class LanguageModel:
     budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
     keeps keys and values in 8 bits instead of 16: see KVSlot. With `all_logits` the head is
-    computed for every position, for `logits`. One caller at a time.
+    computed for every position, for `logits`. `packed` is as for Session. One caller at a time.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class LanguageModel:
         kv_cache: str = "f16",
         device: str = "cpu",
         all_logits: bool = False,
+        packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
@@ -79,7 +80,7 @@ class LanguageModel:
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
-            progress=progress,
+            packed=packed, progress=progress,
         )  # fmt: skip
         self.chunk = self.session.chunk
 

@@ -56,12 +56,15 @@ class Model:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        packed: str | Path | None = None,
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
         `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
-        "f16". `progress` is called as work proceeds and may raise to give up.
+        "f16". `packed` is a folder in which quantised weights are kept as they are packed for the
+        kernels: the next start need not pack them, and what is streamed comes so. `progress` is
+        called as work proceeds and may raise to give up.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
@@ -82,6 +85,7 @@ class Model:
             context=context,
             precision=precision,
             kv_cache=kv_cache,
+            packed=packed,
             device=device,
             progress=report,
         )
