@@ -111,6 +111,7 @@ def open_reader(
     report: Report,
 ) -> Reader:
     """The model, open for windows of the size that the options say."""
+    from .. import hub
     from ..formats import load
     from ..llm import LanguageModel
     from ..perplexity import Reader
@@ -125,6 +126,7 @@ def open_reader(
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
             precision=precision, kv_cache=options["kv_cache"], all_logits=True, progress=report,
+            packed=hub.packed_dir() if options["keep_packed"] else None,
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:

@@ -28,6 +28,13 @@ KV_CACHE = Option(
     "KIND",
     default="f16",
 )
+KEEP_PACKED = Option(
+    ("--keep-packed",),
+    "keep quantised weights on disk once more, packed as they are multiplied: a large model starts"
+    " sooner then, and is streamed without packing it in every pass; deleted with rm MODEL",
+    truth,
+    default=False,
+)
 LOADING = (
     Option(
         ("--load",),
@@ -41,6 +48,7 @@ LOADING = (
     THREADS,
     PRECISION,
     KV_CACHE,
+    KEEP_PACKED,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SAMPLING = (

@@ -165,6 +165,11 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("onnxstream_nb", appauthor=False))
 
 
+def packed_dir() -> Path:
+    """The folder of weights that are kept as they are packed for the kernels."""
+    return cache_dir() / "packed"
+
+
 def slug(name: str) -> str:
     """A file name for a model's name: readable, of bounded length, and never another model's."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80]
