@@ -38,7 +38,7 @@ class LanguageModel:
     `ram` lies in a file in the folder `kv_spill`; without one it has to fit. `logit_chunk` is how
     many positions `logits` computes at a time, `every_position` whether the graph has them;
     `passes` counts passes over the weights; `full_cache_bytes` is what the cache takes at the whole
-    context. One caller at a time.
+    context. `packed` is as for Session. One caller at a time.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class LanguageModel:
         kv_cache: str = "f16",
         kv_spill: str | Path | None = None,
         device: str = "cpu",
+        packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
@@ -83,7 +84,7 @@ class LanguageModel:
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, optimize=False, reserve=reserve if spill else reserve[0],
-            progress=progress,
+            packed=packed, progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
         self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)

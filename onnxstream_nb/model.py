@@ -72,6 +72,7 @@ class Model:
         kv_spill: str | Path | None = None,
         draft: str | Path | None = None,
         speculate: int | None = None,
+        packed: str | Path | None = None,
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
@@ -80,6 +81,8 @@ class Model:
         "f16". What of it does not fit `ram` lies on disk, in the folder `kv_spill`, by default in
         the cache; with "off" it has to fit. `progress` is called as work proceeds and may raise to
         give up.
+        `packed` is a folder in which quantised weights are kept as they are packed for the
+        kernels: the next start need not pack them, and what is streamed comes so.
         `draft` is a smaller model of the same vocabulary whose guesses are checked several a pass
         over the weights, `speculate` how many (0 to 7) the text so far may propose a pass; without
         it 7 when weights are streamed, and none when they are in memory. Neither changes a greedy
@@ -110,7 +113,7 @@ class Model:
                 llm = LanguageModel(
                     found.path, load=load, ram=rest, threads=threads, context=context,
                     precision=precision, kv_cache=kv_cache, kv_spill=spill_dir(kv_spill),
-                    device=device, progress=report,
+                    packed=packed, device=device, progress=report,
                 )  # fmt: skip
             undo.callback(llm.close)
             model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)

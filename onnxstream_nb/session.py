@@ -21,6 +21,7 @@ from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose, choose_reserve, make_provider
 from .lowering import Replay
+from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -77,7 +78,8 @@ class Session:
     `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
-    "cpu". `optimize=False` runs the graph as it stands. `progress(text,
+    "cpu". `optimize=False` runs the graph as it stands. With `packed`, a folder, weights that have
+    panels are kept there packed, for the next start and for streaming. `progress(text,
     fraction)` is told what takes long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
@@ -95,6 +97,7 @@ class Session:
         device: str = "cpu",
         optimize: bool = True,
         reserve: int | Sequence[int] = 0,
+        packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         peak = peak_rss()
@@ -107,8 +110,11 @@ class Session:
         if precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision
-        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
+        internal("Threads")(self.threads)
+        if packed is not None:
+            self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
+        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
@@ -118,7 +124,6 @@ class Session:
         )
         if holding.slots:
             prepare(self.plan.kernels)
-        internal("Threads")(self.threads)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
         self.chunk = holding.chunk
         self._lock = threading.Lock()

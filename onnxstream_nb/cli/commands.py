@@ -103,11 +103,14 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how a model is held and helped, as Model.load takes them."""
+    from .. import hub
+
     names = (
         "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
         "speculate",
     )  # fmt: skip
-    return {name: options[name] for name in names}
+    packed = hub.packed_dir() if options["keep_packed"] else None
+    return {name: options[name] for name in names} | {"packed": packed}
 
 
 @contextmanager
@@ -197,9 +200,11 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 def remove(options: Mapping[str, Any]) -> int:
-    """Delete a downloaded model after a question, or without one after --yes."""
+    """Delete a downloaded model, and what is kept of it packed, after a question, or without one
+    after --yes."""
     from .. import hub
     from ..device import format_size
+    from ..packed_file import remove_orphans
 
     name = options["model"]
     found = next((m for m in hub.installed() if m.name == name), None)
@@ -212,5 +217,6 @@ def remove(options: Mapping[str, Any]) -> int:
         if answer.strip().lower() not in ("y", "yes"):
             print("kept")
             return 1
-    print(f"freed {format_size(hub.remove(name))}")
+    freed = hub.remove(name) + remove_orphans(hub.packed_dir())
+    print(f"freed {format_size(freed)}")
     return 0

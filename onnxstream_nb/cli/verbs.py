@@ -35,6 +35,13 @@ KV_SPILL = Option(
     text,
     "DIR",
 )
+KEEP_PACKED = Option(
+    ("--keep-packed",),
+    "keep quantised weights on disk once more, packed as they are multiplied: a large model starts"
+    " sooner then, and is streamed without packing it in every pass; deleted with rm MODEL",
+    truth,
+    default=False,
+)
 LOADING = (
     Option(
         ("--load",),
@@ -49,6 +56,7 @@ LOADING = (
     PRECISION,
     KV_CACHE,
     KV_SPILL,
+    KEEP_PACKED,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SPECULATION = (
