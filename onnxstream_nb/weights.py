@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from .errors import ModelError
 from .files import Files, truncated
 from .graph import WeightRef
+from .lookup import fetch_all
 from .weight import Weight, encoded_bytes, numpy_dtype
 
 __all__ = [
@@ -67,6 +69,7 @@ class DiskProvider:
     def __init__(self) -> None:
         self._files = Files()
         self.bytes_read = 0
+        self.stop_on: threading.Event | None = None  # looking up rows may be given up
 
     def get(self, ref: WeightRef) -> Weight:
         return Weight(ref, self.read(ref, 0, ref.nbytes))
@@ -86,7 +89,18 @@ class DiskProvider:
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        return np.stack([self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)])
+        wanted = [int(i) for i in ids]
+        unique = list(dict.fromkeys(wanted))
+
+        def row(i: int) -> np.ndarray[Any, Any]:
+            return self.read(ref, each * i, each * (i + 1))
+
+        if self.stop_on is None:
+            rows = [row(i) for i in unique]
+        else:
+            rows = fetch_all(row, unique, self.stop_on)
+        found = dict(zip(unique, rows, strict=True))
+        return np.stack([found[i] for i in wanted])
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """Nothing to read: every read waits for its turn. Files that changed are opened anew."""

@@ -18,6 +18,7 @@ ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
     "packing": "session", "streaming": "weights", "files": "weights",
+    "lookup": "weights",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 
