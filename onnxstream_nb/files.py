@@ -112,8 +112,12 @@ class Files:
         """The bytes of a reference, or those from `start` to `stop`, read into a new buffer."""
         size = (ref.nbytes if stop is None else stop) - start
         buffer = np.empty(size, np.uint8)
-        self._fill(ref, buffer, ref.offset + start, size, direct=False)
+        self.fill(ref, buffer, start)
         return buffer
+
+    def fill(self, ref: WeightRef, memory: Bytes, start: int = 0) -> None:
+        """Fill memory (n,) with the bytes of a reference from `start` on."""
+        self._fill(ref, memory, ref.offset + start, memory.nbytes, direct=False)
 
     def read_into(self, memory: Bytes, ref: WeightRef, start: int, stop: int) -> Bytes:
         """Bytes `start` to `stop` of a reference, read directly into memory that begins at a page

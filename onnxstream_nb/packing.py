@@ -50,8 +50,6 @@ def panels_bytes(ref: WeightRef, panel_bytes: int) -> int:
 class PackedProvider:
     """Packs some weights when it is made; others come from a provider that keeps them in place."""
 
-    in_place = True  # a weight stays where it is from one `get` to the next
-
     def __init__(
         self,
         others: WeightsProvider,
@@ -141,5 +139,5 @@ class PackedProvider:
 
 def _packed(ref: WeightRef, panel_bytes: int, memory: np.ndarray[Any, Any]) -> Weight:
     weight = Weight(ref, memory)
-    weight.packed, weight.row_bytes = True, panel_bytes
+    weight.packed, weight.row_bytes, weight.lasting = True, panel_bytes, True
     return weight

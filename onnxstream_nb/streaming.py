@@ -20,12 +20,12 @@ from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
 from .lookup import LOOK_S, look
 from .weight import Weight
-from .weights import DiskProvider, RamProvider, WeightsProvider
+from .weights import DiskProvider, RamProvider, WeightsProvider, in_memory
 
 PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit a small budget
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
-READERS = 4  # reads under way at a time
+READERS = 3  # reads under way at a time: more are no faster, and wake more threads
 CLOSING_S = 1.0  # for a read that is under way to end
 
 
@@ -251,6 +251,9 @@ class _Streamed(Weight):
 
     def _bytes(self) -> Iterator[tuple[Piece, Bytes]]:
         for piece in self._pieces:
+            if not _is_read(piece):
+                yield piece, in_memory(piece.ref)[piece.start : piece.stop]
+                continue
             taken = self._ring.take(piece)
             if taken is None:
                 yield piece, self._ring.read(piece)
@@ -287,15 +290,11 @@ class StreamProvider:
             for ref in refs
             if ref.matrix not in self._tables and _has_file(ref) and not self._is_held(ref)
         }
-        self._order = [piece for ref in refs for piece in self._cut.get(ref.matrix, ())]
+        pieces = (piece for ref in refs for piece in self._cut.get(ref.matrix, ()))
+        self._order = [piece for piece in pieces if _is_read(piece)]
         largest = max((piece.nbytes for piece in self._order), default=0)
         self._ring = _Ring(slots if self._order else 0, largest)
         weakref.finalize(self, self._ring.stop)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether every weight stays where it is from one `get` to the next."""
-        return not self._order
 
     @property
     def bytes_read(self) -> int:
@@ -355,4 +354,8 @@ class StreamProvider:
 
 
 def _has_file(ref: WeightRef) -> bool:
-    return ref.nbytes > 0 and all(isinstance(p.source, Path) for p in ref.parts or (ref,))
+    return ref.nbytes > 0 and any(isinstance(p.source, Path) for p in ref.parts or (ref,))
+
+
+def _is_read(piece: Piece) -> bool:
+    return isinstance(piece.ref.source, Path)

@@ -24,10 +24,12 @@ class Weight:
     packed holds its rows in panels of `row_bytes` (kernels/panels.py); of one that is left in its
     file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty. The bytes
     of a weight in parts lie one part behind the other. A tile of a larger weight holds its stored
-    rows from number `first` on.
+    rows from number `first` on. One that is `lasting` stays where it is while its provider is open.
     """
 
-    __slots__ = ("address", "buffer", "first", "packed", "read_rows", "ref", "row_bytes")
+    __slots__ = (
+        "address", "buffer", "first", "lasting", "packed", "read_rows", "ref", "row_bytes",
+    )  # fmt: skip
     in_tiles = False
 
     def __init__(
@@ -35,6 +37,8 @@ class Weight:
         ref: WeightRef,
         buffer: np.ndarray[Any, Any],
         read_rows: Callable[[Iterable[int]], np.ndarray[Any, Any]] | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         self.ref = ref
         self.buffer = buffer
@@ -46,6 +50,7 @@ class Weight:
         self.row_bytes = ref.nbytes // rows if rows else 0
         self.packed = False
         self.first = 0
+        self.lasting = lasting
 
     def tiles(self) -> Iterator[Weight]:
         """The weight as its bytes come, one stretch of stored rows after the other: here, whole."""

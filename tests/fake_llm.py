@@ -57,9 +57,11 @@ def shout(message: str) -> str:
 class FakeLLM:
     """Continues a ChatML prompt with `answer(last user message)`, any other text with "!".
 
-    `delay` is seconds for each chunk fed. `fed` counts tokens fed, `calls` the ids of each feed.
-    It says that each chunk streams `pass_bytes`, evenly over the delay.
+    `delay` is seconds for each chunk fed. `calls` are the ids of each feed, `longest` is the most
+    tokens that it held. It says that each chunk streams `pass_bytes`, evenly over the delay.
     """
+
+    streams, every_position = False, True
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class FakeLLM:
         self.context, self.vocab_size, self.delay = context, VOCAB, delay
         self.tokens: list[int] = []
         self.calls: list[list[int]] = []
+        self.passes = self.longest = 0
         self.pass_bytes, self._streamed = pass_bytes, 0
         self._pass: tuple[float, int, int] | None = None  # when it began, its tokens, all wanted
         self.closed = False
@@ -96,9 +99,17 @@ class FakeLLM:
             finally:
                 self._streamed, self._pass = self.bytes_streamed, None
             self.tokens += chunk
+            self.passes += 1
+        self.longest = max(self.longest, len(self.tokens))
         logits = np.full(VOCAB, -30.0, np.float32)
         logits[self.wanted()] = 30.0
         return logits
+
+    def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> np.ndarray:
+        passes, rows = self.passes, [self.feed([i], stop) for i in ids]
+        self.passes = passes + 1
+        self.calls[-len(rows) :] = [list(ids)]
+        return np.stack(rows)
 
     @property
     def bytes_streamed(self) -> int:

@@ -66,6 +66,9 @@ def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any
         "tokens": [token.id for token in tokens],
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "prefill_tps": round(stats.prefill_tps, 3),
         "decode_tps": round(stats.decode_tps, 3),
         "ttft_s": round(stats.ttft_s, 4),
@@ -99,8 +102,11 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say how weights are held, as Model.load takes them."""
-    names = ("load", "ram", "threads", "context", "precision", "kv_cache")
+    """The options that say how a model is held and helped, as Model.load takes them."""
+    names = (
+        "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
+        "speculate",
+    )  # fmt: skip
     return {name: options[name] for name in names}
 
 

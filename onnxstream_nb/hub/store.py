@@ -165,6 +165,14 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("onnxstream_nb", appauthor=False))
 
 
+def spill_dir(given: str | Path | None = None) -> Path | None:
+    """The folder of keys and values that do not fit in memory: the one that was given, one in the
+    cache, or None for "off"."""
+    if given is None:
+        return cache_dir() / "tmp"
+    return None if str(given) == "off" else Path(given).expanduser()
+
+
 def slug(name: str) -> str:
     """A file name for a model's name: readable, of bounded length, and never another model's."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80]

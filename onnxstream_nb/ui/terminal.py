@@ -38,6 +38,9 @@ class ReplyStats(Protocol):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    passes: int
+    drafted: int
+    accepted: int
     ttft_s: float
     bytes_read: int
     peak_rss_mb: float
@@ -74,6 +77,8 @@ def footer_parts(stats: ReplyStats) -> list[str]:
     parts = [_count(stats.completion_tokens, "token")]
     if stats.decode_tps:
         parts.append(f"{_number(stats.decode_tps)} tok/s")
+    if stats.drafted:
+        parts.append(f"{stats.passes} passes, {stats.accepted} of {stats.drafted} guesses right")
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts.append(f"prompt {_count(stats.prompt_tokens, 'token')}{cached}")
     if stats.prefill_tps:
