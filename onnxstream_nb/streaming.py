@@ -16,9 +16,9 @@ from time import perf_counter
 
 import numpy as np
 
-from .errors import Interrupted
 from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
+from .lookup import LOOK_S, look
 from .weight import Weight
 from .weights import DiskProvider, RamProvider, WeightsProvider, in_memory
 
@@ -27,7 +27,6 @@ LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
 READERS = 3  # reads under way at a time: more are no faster, and wake more threads
 CLOSING_S = 1.0  # for a read that is under way to end
-LOOK_S = 0.05  # how often somebody who waits looks whether to stop
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,7 +158,7 @@ class _Ring:
         with self._change:
             started = perf_counter()
             while (number := self._number(piece)) is not None:
-                self._look()
+                look(self.stop_on)
                 self._next_use = number
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
@@ -178,10 +177,6 @@ class _Ring:
                 raise found
             self.pass_read += piece.nbytes
             return slot, found
-
-    def _look(self) -> None:
-        if self.stop_on is not None and self.stop_on.is_set():
-            raise Interrupted("the run was stopped")
 
     def _number(self, piece: Piece) -> int | None:
         """Which one it is in this pass; None when it is past, or nothing is read any more."""
@@ -341,7 +336,7 @@ class StreamProvider:
 
     def stop_on(self, stop: threading.Event | None) -> None:
         """Give up a pass, with Interrupted, when `stop` is set while it waits for the disk."""
-        self._ring.stop_on = stop
+        self._ring.stop_on = self._disk.stop_on = stop
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins. Its order is that of the weights this provider was made for."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import select
-import signal
 import subprocess
 import sys
 import time
@@ -13,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pseudo_terminal import PseudoTerminal, environment
 
 from onnxstream_nb.chat import saved as saved_chats
 
-ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
 
 
@@ -24,10 +21,6 @@ FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
 def data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ONNXSTREAM_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | more
 
 
 def piped(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -87,73 +80,13 @@ def test_continue_goes_on_with_the_last_chat() -> None:
 
 # A pseudo-terminal
 
-pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
-
-
-class PseudoTerminal:
-    """The fake chat at the slave end of a pseudo-terminal."""
-
-    def __init__(self, *arguments: str, term: str = "xterm") -> None:
-        import fcntl
-        import struct
-        import termios
-
-        pid, self.fd = pty.fork()
-        if pid == 0:
-            os.execve(FAKE[0], [*FAKE, *arguments], environment(TERM=term, NO_COLOR="1"))
-        self.pid = pid
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.seen = ""
-        self._code: int | None = None
-
-    def send(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def expect(self, text: str, timeout: float = 30.0) -> str:
-        """Reads until `text` is shown; returns what came before it."""
-        end = time.monotonic() + timeout
-        while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not come: {self.seen!r}"
-            self._read()
-        before, _, self.seen = self.seen.partition(text)
-        return before
-
-    def wait(self) -> int:
-        """Waits for the end; returns the exit code."""
-        end = time.monotonic() + 30
-        while self._code is None:
-            assert time.monotonic() < end, f"the program did not end: {self.seen!r}"
-            self._read()
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                self._code = os.waitstatus_to_exitcode(status)
-        return self._code
-
-    def close(self) -> None:
-        if self._code is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.fd)
-
-    def _read(self) -> None:
-        if not select.select([self.fd], [], [], 0.1)[0]:
-            return
-        try:
-            data = os.read(self.fd, 65536).decode("utf-8", "replace")
-        except OSError:  # the program has ended
-            time.sleep(0.05)
-            return
-        if "\x1b[6n" in data:  # prompt_toolkit asks where the cursor is
-            os.write(self.fd, b"\x1b[1;1R")
-        self.seen += data
-
 
 @pytest.fixture
 def at_terminal() -> Iterator[Callable[..., PseudoTerminal]]:
     opened: list[PseudoTerminal] = []
 
     def start(*arguments: str, term: str = "xterm") -> PseudoTerminal:
-        opened.append(PseudoTerminal(*arguments, term=term))
+        opened.append(PseudoTerminal([*FAKE, *arguments], term))
         return opened[-1]
 
     yield start

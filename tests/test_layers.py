@@ -19,7 +19,7 @@ ROOMS = {
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
     "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
     "spill": "kvcache", "spill_file": "kvcache",
-    "liveness": "session", "shapes": "session",
+    "liveness": "session", "shapes": "session", "lookup": "weights",
     "speculation": "model", "drafting": "model",
     "packed_weights": "session",
 }  # fmt: skip

@@ -104,7 +104,8 @@ def _prompt_session(
 
     def read(prompt: str) -> str:
         if failures:
-            report(f"what is entered is not being saved: {failures[0]}")
+            reason = failures[0].strerror or failures[0]
+            report(f"what is entered is not being saved in {path}: {reason}")
             failures.clear()
         return session.prompt(prompt)
 

@@ -239,8 +239,8 @@ class Chat:
         except OSError as error:
             if self._is_saved:
                 self._terminal.error(
-                    f"this chat is not being saved: {error}; free some space or make the folder "
-                    "writable: every turn tries again"
+                    f"this chat is not being saved in {data_folder()}: {error.strerror or error}; "
+                    "free some space or make the folder writable: every turn tries again"
                 )
             self._is_saved = False
             return
