@@ -14,7 +14,7 @@ from .jit import arg, jit, kernel, share
 from .quant import BFLOAT16, FLOAT16, FLOAT32, Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, UINT8
 from .tile import TILE_COLUMNS, TILE_ROWS, tile_many
 from .vector import (
-    load_f32, peek_f32, poke_f32, store_f32, store_f32_n, transpose16, zero,
+    load_f32, load_f32_n, peek_f32, poke_f32, store_f32, store_f32_n, transpose16, zero,
 )  # fmt: skip
 
 BLOCK = 256  # of K: a panel of W, 32 KB, stays in the first cache, and no block encoding is cut
@@ -90,6 +90,18 @@ def panel_from_columns(token, weights, stride, n, n0, k0, k1, panel):
 
 
 @jit
+def begin_products(products, rows, onto, y, stride, m, n, n0):
+    """Products (rows, 32): zeros, or `onto` columns n0 .. n0 + 32 of what Y (M, N) holds."""
+    for i in range(0, 128 * rows, 64):
+        store_f32(products + i, zero())
+    if onto:
+        for i in range(m):
+            source, out = y + stride * i + 4 * n0, products + 128 * i
+            store_f32(out, load_f32_n(source, n - n0))
+            store_f32(out + 64, load_f32_n(source + 64, n - n0 - 16))
+
+
+@jit
 def store_products(products, y, stride, m, n, n0):
     """(M, 32) products -> columns n0 .. n0 + 32 of Y (M, N)."""
     for i in range(m):
@@ -104,16 +116,16 @@ def store_products(products, y, stride, m, n, n0):
 
 @jit
 def gemm(token, by_rows, args, thread, threads):
-    """args: W, bytes a row, packed X, Y, bytes a row of Y, M, N, K, scratch, its bytes a thread."""
+    """args: W, bytes a row, packed X, Y, bytes a row of Y, M, N, K, whether to add to Y, scratch,
+    its bytes a thread."""
     weights, stride, packed, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    y_stride, m, n, k = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    decoded = arg(args, 8) + arg(args, 9) * thread
+    y_stride, m, n, k, onto = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    decoded = arg(args, 9) + arg(args, 10) * thread
     panel, products = decoded + PANEL_BYTES, decoded + 2 * PANEL_BYTES
     panels = (m + TILE_ROWS - 1) // TILE_ROWS
     start, stop = share(n, TILE_COLUMNS, thread, threads)
     for n0 in range(start, stop, TILE_COLUMNS):
-        for i in range(0, 128 * TILE_ROWS * panels, 64):
-            store_f32(products + i, zero())
+        begin_products(products, TILE_ROWS * panels, onto, y, y_stride, m, n, n0)
         for k0 in range(0, k, BLOCK):
             k1 = min(k, k0 + BLOCK)
             if by_rows:

@@ -16,7 +16,7 @@ from ..registry import register_kernel
 from . import gemm as exact
 from . import panel_products
 from .encoding import element, unpack
-from .gemm import BLOCK
+from .gemm import BLOCK, begin_products
 from .jit import Kernel, arg, inline, jit, kernel, share
 from .quant import BFLOAT16, FLOAT16, FLOAT32
 from .tile_bf16 import (
@@ -24,7 +24,7 @@ from .tile_bf16 import (
     tiles_begin, tiles_end, tiles_one, tiles_two,
 )  # fmt: skip
 from .vector import (
-    load_f32, load_f32_n, poke_f32, store_f32, store_f32_n, transpose16, zero,
+    load_f32, load_f32_n, poke_f32, store_f32_n, transpose16, zero,
 )  # fmt: skip
 
 EDGE_BYTES = 128  # a row's last elements, filled up with zeros
@@ -141,10 +141,11 @@ def multiply(x, apart, pairs, out, m, k):
 
 @jit
 def gemm(token, by_rows, parts, args, thread, threads):
-    """args: W, bytes a row, packed X, Y, bytes a row of Y, M, N, K, scratch, its bytes a thread."""
+    """args: W, bytes a row, packed X, Y, bytes a row of Y, M, N, K, whether to add to Y, scratch,
+    its bytes a thread."""
     weights, stride, packed, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    y_stride, m, n, k = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    edge = arg(args, 8) + arg(args, 9) * thread
+    y_stride, m, n, k, onto = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8)
+    edge = arg(args, 9) + arg(args, 10) * thread
     pairs = edge + EDGE_BYTES + STAGE_BYTES
     out = pairs + PAIR_BYTES
     padded = (k + 31) // 32 * 32
@@ -154,8 +155,7 @@ def gemm(token, by_rows, parts, args, thread, threads):
         return
     tiles_begin()
     for n0 in range(start, stop, COLUMNS):
-        for i in range(0, 128 * PANEL * panels, 64):
-            store_f32(out + i, zero())
+        begin_products(out, PANEL * panels, onto, y, y_stride, m, n, n0)
         for k0 in range(0, padded, BLOCK):
             k1, x = min(padded, k0 + BLOCK), packed + BLOCK_BYTES * (k0 >> 5)
             for part in range(parts):

@@ -1,8 +1,9 @@
-"""Matrix times vector: y = W x, for every encoding and both storage orders.
+"""Matrix times a few vectors: Y = X W, for every encoding and both storage orders.
 
-Dims: N outputs, K inputs. Row order (`rows`): W is stored (N, K), as GGUF and safetensors hold it.
-Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. x (K,), y (N,) are float32.
-Each weight is read once; the threads own contiguous ranges of stored rows.
+Dims: N outputs, K inputs, M vectors. Row order (`rows`): W is stored (N, K), as GGUF and
+safetensors hold it. Column order (`columns`): W is stored (K, N), as ONNX's MatMul has it. X (M, K)
+and Y (M, N) are float32. Each weight is read from memory once; the threads own contiguous ranges of
+stored rows. Each vector's result is, to the last bit, what it is alone.
 """
 
 from .encoding import element, unpack
@@ -80,18 +81,23 @@ def dot4(token, row, stride, x, y, k):
 
 @jit
 def rows(token, args, thread, threads):
-    """args: W (N, K), bytes a row, x, y, N, K."""
-    weights, stride, x, y, n, k = (
+    """args: W (N, K), bytes a row, X, Y, N, K, M, bytes a row of X, of Y."""
+    weights, stride, x, y, n, k, m, x_step, y_step = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+        arg(args, 6), arg(args, 7), arg(args, 8),
     )  # fmt: skip
     start, stop = share(n, 4, thread, threads)
     last = start
     if k & 31 == 0 and not ONE_STREAM:
         last = start + (stop - start) // 4 * 4
         for i in range(start, last, 4):
-            dot4(token, weights + stride * i, stride, x, y + 4 * i, k)
+            for v in range(m):
+                out = y + y_step * v + 4 * i
+                dot4(token, weights + stride * i, stride, x + x_step * v, out, k)
     for i in range(last, stop):
-        poke_f32(y + 4 * i, dot(token, weights + stride * i, x, k))
+        for v in range(m):
+            value = dot(token, weights + stride * i, x + x_step * v, k)
+            poke_f32(y + y_step * v + 4 * i, value)
 
 
 @jit
@@ -135,25 +141,33 @@ def add_rows(token, row, stride, x, y, n):
 
 @jit
 def columns(token, args, thread, threads):
-    """args: W (K, N), bytes a row, x, partial sums (PARTS, N), bytes of one of them, N, K.
+    """args: W (count, N), bytes a row, X, partial sums (PARTS, M, N), bytes of one of them, N, K,
+    M, bytes a row of X, first, count: rows `first` .. `first + count` of the K rows of W.
 
     The stored rows are cut into PARTS whatever the number of threads, so that the result is the
-    same; each part is one stretch of memory. `gemv_columns_sum` adds up their sums.
+    same; each part is one stretch of memory. `gemv_columns_sum` adds up their sums. A matrix may
+    come in several calls, from its first row to its last.
     """
-    weights, stride, x, sums, each, n, k = (
+    weights, stride, x, sums, each, n, k, m, x_step, begin, end = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
-        arg(args, 6),
+        arg(args, 6), arg(args, 7), arg(args, 8), arg(args, 9), arg(args, 9) + arg(args, 10),
     )  # fmt: skip
+    weights -= stride * begin
     first, last = share(PARTS, 1, thread, threads)
     for part in range(first, last):
-        y, start, stop = sums + each * part, k * part // PARTS, k * (part + 1) // PARTS
-        for j in range(0, n, 16):
-            store_f32(y + 4 * j, zero())
-        single = start if ONE_STREAM else start + (stop - start) // 4 * 4
+        start, stop = max(begin, k * part // PARTS), min(end, k * (part + 1) // PARTS)
+        if begin == 0:
+            for j in range(0, m * each, 64):
+                store_f32(sums + m * each * part + j, zero())
+        single = start if ONE_STREAM else start + max(0, stop - start) // 4 * 4
         for i in range(start, single, 4):
-            add_rows(token, weights + stride * i, stride, x + 4 * i, y, n)
+            for v in range(m):
+                y = sums + each * (m * part + v)
+                add_rows(token, weights + stride * i, stride, x + x_step * v + 4 * i, y, n)
         for i in range(single, stop):
-            add_row(token, weights + stride * i, peek_f32(x + 4 * i), y, n)
+            for v in range(m):
+                y = sums + each * (m * part + v)
+                add_row(token, weights + stride * i, peek_f32(x + x_step * v + 4 * i), y, n)
 
 
 def sum_bytes(n):
@@ -163,89 +177,93 @@ def sum_bytes(n):
 
 @kernel
 def gemv_columns_sum(args, thread, threads):
-    """The sums of all parts (PARTS, N) -> y (N,). args: sums, bytes of one, y, N."""
-    sums, each, y, n = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    """The sums of all parts (PARTS, M, N) -> Y (M, N). args: sums, bytes of one, Y, N, M, bytes a
+    row of Y."""
+    sums, each, y, n, m, y_step = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+    )  # fmt: skip
     start, stop = share(n, 16, thread, threads)
-    for j in range(start, stop, 16):
-        total = zero()
-        for i in range(PARTS):
-            total = add(total, load_f32(sums + each * i + 4 * j))
-        store_f32_n(y + 4 * j, total, n - j)
+    for v in range(m):
+        for j in range(start, stop, 16):
+            total = zero()
+            for i in range(PARTS):
+                total = add(total, load_f32(sums + each * (m * i + v) + 4 * j))
+            store_f32_n(y + y_step * v + 4 * j, total, n - j)
 
 
 @kernel
 def gemv_rows_float32(args, thread, threads):
-    """float32 W (N, K), x (K,) -> y (N,)."""
+    """float32 W (N, K), X (M, K) -> Y (M, N)."""
     rows(FLOAT32, args, thread, threads)
 
 
 @kernel
 def gemv_rows_float16(args, thread, threads):
-    """float16 W (N, K), x (K,) -> y (N,)."""
+    """float16 W (N, K), X (M, K) -> Y (M, N)."""
     rows(FLOAT16, args, thread, threads)
 
 
 @kernel
 def gemv_rows_bfloat16(args, thread, threads):
-    """bfloat16 W (N, K), x (K,) -> y (N,)."""
+    """bfloat16 W (N, K), X (M, K) -> Y (M, N)."""
     rows(BFLOAT16, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q8_0(args, thread, threads):
-    """q8_0 W (N, K), x (K,) -> y (N,)."""
+    """q8_0 W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q8_0, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q4_0(args, thread, threads):
-    """q4_0 W (N, K), x (K,) -> y (N,)."""
+    """q4_0 W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q4_0, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q4_1(args, thread, threads):
-    """q4_1 W (N, K), x (K,) -> y (N,)."""
+    """q4_1 W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q4_1, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q4_k(args, thread, threads):
-    """q4_k W (N, K), x (K,) -> y (N,)."""
+    """q4_k W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q4_K, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q5_k(args, thread, threads):
-    """q5_k W (N, K), x (K,) -> y (N,)."""
+    """q5_k W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q5_K, args, thread, threads)
 
 
 @kernel
 def gemv_rows_q6_k(args, thread, threads):
-    """q6_k W (N, K), x (K,) -> y (N,)."""
+    """q6_k W (N, K), X (M, K) -> Y (M, N)."""
     rows(Q6_K, args, thread, threads)
 
 
 @kernel
 def gemv_columns_float32(args, thread, threads):
-    """float32 W (K, N), x (K,) -> y (N,)."""
+    """float32 W (K, N), X (M, K) -> Y (M, N)."""
     columns(FLOAT32, args, thread, threads)
 
 
 @kernel
 def gemv_columns_float16(args, thread, threads):
-    """float16 W (K, N), x (K,) -> y (N,)."""
+    """float16 W (K, N), X (M, K) -> Y (M, N)."""
     columns(FLOAT16, args, thread, threads)
 
 
 @kernel
 def gemv_columns_bfloat16(args, thread, threads):
-    """bfloat16 W (K, N), x (K,) -> y (N,)."""
+    """bfloat16 W (K, N), X (M, K) -> Y (M, N)."""
     columns(BFLOAT16, args, thread, threads)
 
 
 @kernel
 def gemv_columns_uint8(args, thread, threads):
-    """uint8 W (K, N), x (K,) -> y (N,)."""
+    """uint8 W (K, N), X (M, K) -> Y (M, N)."""
     columns(UINT8, args, thread, threads)

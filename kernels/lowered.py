@@ -14,6 +14,9 @@ import numpy as np
 from ..registry import op
 from .threads import COLUMNS, SERIAL_ROW, fill_table, team
 
+FEW_ROWS = 8
+"""Up to so many tokens of a pass each get, to the last bit, what a pass of their own gives."""
+
 
 @dataclass(slots=True)
 class Rows:

@@ -10,9 +10,9 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..registry import kernels, op
 from . import gemm_bf16, gemv
-from .buffers import empty
+from .buffers import contiguous, empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
-from .lowered import Rows, plain
+from .lowered import FEW_ROWS, Rows, plain
 from .packing import Packer, Panels
 from .panel_products import block_rows, quantize_rows
 from .quads import RECORD
@@ -32,11 +32,16 @@ class Matrix:
     """A float32 array (K, N) seen as a weight in column order."""
 
     encoding, order, scale, zero_point = "float32", "columns", 1.0, 0
+    first, in_tiles = 0, False
 
     def __init__(self, array):
-        self.array = np.ascontiguousarray(array, np.float32)
+        self.array = contiguous(array, np.float32)
         self.shape, self.address = array.shape, self.array.ctypes.data
         self.row_bytes = 4 * array.shape[1]
+
+    def tiles(self):
+        """All of it at once."""
+        yield self
 
 
 def _kernel(product, weight):
@@ -63,25 +68,80 @@ def prepared(weight):
     return Panels(weight) if Packer().panel_bytes(weight.ref) else Matrix(decode(weight))
 
 
-def calls(x, weight, out):
-    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in."""
-    (m, k), n = x.shape, weight.shape[1]
-    if m == 1:
-        kernel, where = _kernel("gemv", weight), (weight.address, weight.row_bytes, x.ctypes.data)
-        if weight.order == "columns":
-            each = gemv.sum_bytes(n)
-            sums, held = team().workspace(gemv.PARTS * each)
-            total = (gemv.gemv_columns_sum, sums, each, out.ctypes.data, n)
-            return [(kernel, *where, sums, each, n, k), total], (held,)
+def _workspace(nbytes, purpose):
+    return *team().workspace(nbytes), True
+
+
+class Kept:
+    """Memory for what the tiles of one product share: X as one kernel packs it, sums of parts.
+
+    It is the product's own: between two tiles another session may use the team's workspace.
+    """
+
+    def __init__(self):
+        self._purpose, self._memory = None, None
+
+    def room(self, nbytes, purpose):
+        """Address, what holds it, and whether it has yet to be filled for this purpose."""
+        fresh = self._purpose is not purpose or nbytes + 64 > self._memory.nbytes
+        if fresh:
+            self._purpose, self._memory = purpose, empty(nbytes + 64, np.uint8)
+        return -(-self._memory.ctypes.data // 64) * 64, self._memory, fresh
+
+
+def calls(x, weight, out, kept=None):
+    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in.
+
+    The weight may be a tile, some of the stored rows: then they fill its columns of out or, in
+    column order, add its products to it; what the next tile needs stays in `kept`, a Kept.
+    """
+    room = _workspace if kept is None else kept.room
+    if len(x) == 1 and weight.order == "panels":
+        n, k = weight.shape[1], x.shape[1]
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
-        return [(kernel, *where, out.ctypes.data, n, k, scratch, each)], (held,)
+        where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data + 4 * weight.first
+        return [(_kernel("gemv", weight), *where, n, k, scratch, each)], (held,)
+    few = len(x) <= FEW_ROWS and weight.order != "panels"
+    return (_few if few else _many)(x, weight, out, room)
+
+
+def _few(x, weight, out, room):
+    """Each row of x alone gives the same, to the last bit."""
+    (m, k), (own, n) = x.shape, weight.shape
+    where = weight.address, weight.row_bytes, x.ctypes.data
+    kernel, y_step = _kernel("gemv", weight), out.strides[0]
+    if weight.order == "rows":
+        y = out.ctypes.data + 4 * weight.first
+        return [(kernel, *where, y, n, k, m, 4 * k, y_step)], ()
+    each = gemv.sum_bytes(n)
+    sums, held, _ = room(gemv.PARTS * m * each, kernel)
+    todo = [(kernel, *where, sums, each, n, k, m, 4 * k, weight.first, own)]
+    if weight.first + own == k:
+        todo.append((gemv.gemv_columns_sum, sums, each, out.ctypes.data, n, m, y_step))
+    return todo, (held,)
+
+
+def _many(x, weight, out, room):
+    """X is packed first: for a matrix in row order once for all of its tiles."""
+    (m, x_step), n = (len(x), x.strides[0]), weight.shape[1]
+    by_columns = weight.order == "columns"
+    k = weight.shape[0] if by_columns else x.shape[1]
     kernel = _kernel(f"gemm_{precision()}", weight)
     pack, nbytes, working, most = _layout(kernel, weight, m, k)
-    left, kept = team().workspace(nbytes)
+    left, kept, fresh = room(nbytes, pack)
     scratch, each, held = team().scratch(working)
-    source = (pack, x.ctypes.data, 4 * k, left, m, k, *most)
-    where = weight.address, weight.row_bytes, left, out.ctypes.data, 4 * n
-    return [source, (kernel, *where, m, n, k, *most, scratch, each)], (kept, held)
+    source, y, onto = x.ctypes.data, out.ctypes.data, ()
+    if by_columns:
+        source += 4 * weight.first
+    else:
+        y += 4 * weight.first
+    if weight.order != "panels":
+        onto = (int(by_columns and weight.first > 0),)
+    where = weight.address, weight.row_bytes, left, y, out.strides[0]
+    todo = [(kernel, *where, m, n, k, *onto, *most, scratch, each)]
+    if fresh or by_columns:
+        todo.insert(0, (pack, source, x_step, left, m, k, *most))
+    return todo, (kept, held)
 
 
 def _layout(kernel, weight, m, k):
@@ -103,9 +163,11 @@ def product(x, weight):
     if 0 in (*x.shape, *out.shape):
         out[:] = 0
         return out
-    todo, held = calls(x, weight, out)
-    team().run(todo)
-    del held
+    kept = Kept() if weight.in_tiles else None
+    for tile in weight.tiles():
+        todo, held = calls(x, tile, out, kept)
+        team().run(todo)
+        del held
     if weight.encoding == "uint8":
         out *= np.float32(weight.scale)
         out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)
@@ -114,7 +176,13 @@ def product(x, weight):
 
 def lower_matmul(a, b):
     """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
-    if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
+    if (
+        isinstance(b, np.ndarray)
+        or len(b.shape) != 2
+        or not plain(a)
+        or a.size != b.shape[0]
+        or b.encoding == "uint8"
+    ):
         return None
     if not is_ready(b):
         return None
@@ -128,16 +196,29 @@ def lower_matmul(a, b):
 def _rows(a):
     """(..., M, K) -> (M, K), contiguous float32."""
     rows = math.prod(a.shape[:-1])  # not -1, which means nothing when K is 0
-    return np.ascontiguousarray(a, np.float32).reshape(rows, a.shape[-1])
+    return contiguous(a, np.float32).reshape(rows, a.shape[-1])
 
 
 def _is_float(dtype):
     return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
 
 
-@op("MatMul", since=1, native=("b",), packs=("b",), uses=USES, lower=lower_matmul)
+def packing_bytes(a, b, c=None):
+    """What products of a (..., M, K) and b (..., K, N) take beside the result: rows of a packed,
+    and of matrices in several, one pair of them and its product."""
+    if len(a) < 2 or len(b) < 2:
+        return 4 * (math.prod(a) + math.prod(b))
+    rows, k = (math.prod(a[:-1]) if len(b) == 2 else a[-2]), a[-1]
+    packed = 4 * -(-rows // TILE_ROWS) * TILE_ROWS * -(-k // BLOCK) * BLOCK if rows > 1 else 0
+    return packed if len(b) == 2 else packed + 4 * (rows * k + k * b[-1] + rows * b[-1])
+
+
+@op("MatMul", since=1, native=("b",), packs=("b",), uses=USES, lower=lower_matmul,
+    working=packing_bytes)  # fmt: skip
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
+    if not isinstance(b, np.ndarray) and len(b.shape) != 2:
+        b = decode(b.whole())
     if not isinstance(b, np.ndarray):
         x, b = _rows(a), prepared(b)
         return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
@@ -153,12 +234,12 @@ def matmul(a, b):
     right = np.broadcast_to(right, (*lead, *right.shape[-2:]))
     out = empty((*lead, left.shape[-2], right.shape[-1]))
     for i in np.ndindex(lead):
-        out[i] = product(np.ascontiguousarray(left[i]), Matrix(right[i]))
+        out[i] = product(contiguous(left[i]), Matrix(right[i]))
     out = out[..., 0, :] if a.ndim == 1 else out
     return (out[..., 0] if b.ndim == 1 else out).astype(a.dtype, copy=False)
 
 
-@op("Gemm", since=1, native=("b",), uses=USES)
+@op("Gemm", since=1, native=("b",), uses=USES, working=packing_bytes)
 def gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0, broadcast=0):  # noqa: N803
     """a (M, K), b (K, N), transposed on demand, c broadcast to (M, N) -> alpha a b + beta c."""
     a = a.T if transA else a

@@ -59,7 +59,7 @@ class Packer:
 class Panels:
     """A weight in parts, packed for one product."""
 
-    order = "panels"
+    order, first, in_tiles = "panels", 0, False
 
     def __init__(self, weight):
         packer, n = Packer(), weight.shape[1]
@@ -69,6 +69,10 @@ class Panels:
         self.address = (self._memory.ctypes.data + 63) // 64 * 64
         for i, part in enumerate(weight.parts):
             packer.pack_part(weight.ref, i, part, self.address, 0, part.ref.stored_shape[0])
+
+    def tiles(self):
+        """All of them at once."""
+        yield self
 
 
 @op("Panels", domain="onnxstream_nb")

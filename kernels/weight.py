@@ -62,7 +62,7 @@ def decode(weight):
         array = decode_parts(weight)
     elif is_plain(weight):
         array = weight.stored()
-    elif weight.encoding in ("float16", "bfloat16") and weight.buffer.nbytes <= SMALL_BYTES:
+    elif weight.encoding in ("float16", "bfloat16") and weight.ref.nbytes <= SMALL_BYTES:
         array = weight.stored().astype(np.float32)  # not worth a kernel, nor compiling one
     else:
         array = decode_rows(weight).reshape(weight.ref.stored_shape)

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import Interrupted, UsageError
+from .progress import ReplyProgress
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -49,7 +50,7 @@ class Stats:
     cache. `completion_tokens` counts the token that ended the reply. `ttft_s` runs from the call
     to the first token. `decode_s` is the time inside the model after the first token, `passes` are
     those over the weights: one a token, fewer where guesses were read with it (`drafted`) and were
-    right (`accepted`).
+    right (`accepted`). `bytes_read` were streamed from disk for it.
     `stop_reason` is eos, stop, length, context or interrupted, and empty while generating.
     """
 
@@ -63,6 +64,7 @@ class Stats:
     decode_s: float = 0.0
     ttft_s: float = 0.0
     load_s: float = 0.0
+    bytes_read: int = 0
     peak_rss_mb: float = 0.0
     stop_reason: str = ""
 
@@ -77,6 +79,12 @@ class Stats:
         """Tokens per second after the first one; 0.0 when there was only one."""
         later = self.completion_tokens - 1
         return later / self.decode_s if later > 0 and self.decode_s > 0 else 0.0
+
+    @property
+    def read_bps(self) -> float:
+        """Bytes streamed a second of reading the prompt and writing; 0.0 when there were none."""
+        seconds = self.prefill_s + self.decode_s
+        return self.bytes_read / seconds if seconds > 0 else 0.0
 
 
 class Generation(Iterator[Token]):
@@ -124,6 +132,18 @@ class Generation(Iterator[Token]):
         """True when no further token will come."""
         return bool(self.stats.stop_reason) or self._stop.is_set()
 
+    def progress(self) -> ReplyProgress:
+        """How far the reply is, for whoever looks from another thread.
+
+        What is left counts the context as it stands: where old turns make room, more may come.
+        """
+        llm, written = self._model.llm, len(self.ids)
+        left = self._model.context - len(llm.tokens)
+        if self._max_tokens is not None:
+            left = min(left, self._max_tokens - written)
+        mean = self.stats.decode_s / (written - 1) if written > 1 else None
+        return ReplyProgress(llm.reading(), written, left, mean)
+
     @property
     def abandoned(self) -> bool:
         """Whether a suspended reply will not be missed: ended, or left behind by its own thread."""
@@ -149,6 +169,7 @@ class Generation(Iterator[Token]):
         with self._model.claim(self):
             if self.stats.stop_reason:
                 raise StopIteration
+            read_before = self._model.llm.bytes_streamed
             try:
                 return self._step()
             except Interrupted:
@@ -157,6 +178,8 @@ class Generation(Iterator[Token]):
             except BaseException:
                 self.finish("interrupted")
                 raise
+            finally:
+                self.stats.bytes_read += self._model.llm.bytes_streamed - read_before
 
     def _step(self) -> Token:
         started = perf_counter()

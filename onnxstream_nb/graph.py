@@ -82,6 +82,23 @@ class WeightRef:
             return self.shape
         return (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
+    def rows(self, start: int, stop: int) -> WeightRef:
+        """Stored rows `start` to `stop` of a matrix; see `cut_by_rows`."""
+        each = self.nbytes // self.stored_shape[0]
+        shape = (stop - start, self.stored_shape[1])
+        return replace(
+            self,
+            shape=shape[::-1] if self.transposed else shape,
+            offset=self.offset + each * start,
+            nbytes=each * (stop - start),
+        )
+
+    @property
+    def cut_by_rows(self) -> bool:
+        """Whether it is a matrix whose stored rows are weights of their own."""
+        shape = self.stored_shape
+        return not self.parts and len(shape) == 2 and shape[0] > 0 and self.nbytes % shape[0] == 0
+
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for two references to the same stored bytes (tied weights are read once)."""

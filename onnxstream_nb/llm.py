@@ -13,10 +13,12 @@ from typing import Any, cast
 import numpy as np
 
 from . import passes
+from .device import physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import logit_chunk, prompt_chunk, prompt_precision
+from .kvcache import ArraySlot, KVCache, bytes_resident
+from .loading import logit_chunk, prompt_precision
+from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -32,9 +34,11 @@ class LanguageModel:
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
     budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
     "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see KVSlot. `logit_chunk` is how many positions
-    `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
-    over the weights. One caller at a time.
+    keeps keys and values in 8 bits instead of 16: see Slot. What of a full context's does not fit
+    `ram` lies in a file in the folder `kv_spill`; without one it has to fit. `logit_chunk` is how
+    many positions `logits` computes at a time, `every_position` whether the graph has them;
+    `passes` counts passes over the weights; `full_cache_bytes` is what the cache takes at the whole
+    context. One caller at a time.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class LanguageModel:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
@@ -61,29 +66,42 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self.chunk, self.logit_chunk = prompt_chunk(self.graph), logit_chunk(self.graph)
-        self._cache = KVCache(self.graph, pairs, kv_cache)
-        self._pairs, self._kv_cache = pairs, kv_cache
-        # Only Attention appends to its slots; a present computed otherwise is carried over here.
-        self._carried = {
-            slot: p.present_output
-            for p in pairs
-            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
-        }
-        self._inputs = [v for v in self.graph.inputs if v.name not in self._cache.slots]
+        past = {p.past_input for p in pairs}
+        self._inputs = [v for v in self.graph.inputs if v.name not in past]
         presents = {p.present_output for p in pairs}
         self._logits = next(v for v in self.graph.outputs if v.name not in presents)
         self.every_position = _gives_every_position(graph)
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         self.passes = 0
+        self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        windows = 2 * (threads or physical_cores())  # shares of the thread team
+        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
+        spill = None if ram is None or kv_spill is None else Path(kv_spill)
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
+            device=device, optimize=False, reserve=reserve if spill else reserve[0],
             progress=progress,
         )  # fmt: skip
+        self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
+        full = bytes_resident(self.graph, pairs, self.context, kv_cache, windows=windows)
+        self.full_cache_bytes = full[0]
+        try:
+            self._cache = KVCache(
+                self.graph, pairs, kv_cache, self.context,
+                resident=self.session.reserve, spill=spill, windows=windows,
+            )  # fmt: skip
+        except BaseException:
+            self.session.close()
+            raise
+        # Only Attention appends to its slots; a present computed otherwise is carried over here.
+        self._carried = {
+            slot: p.present_output
+            for p in pairs
+            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
+        }
 
     @property
     def vocab_size(self) -> int:
@@ -94,12 +112,7 @@ class LanguageModel:
     @property
     def streams(self) -> bool:
         """Whether every pass reads weights anew, those that are not kept."""
-        return not getattr(self.session.provider, "in_place", False)
-
-    @property
-    def full_cache_bytes(self) -> int:
-        """Bytes that the cache takes at most, on its way to the whole context."""
-        return bytes_at(self.graph, self._pairs, self.context, self._kv_cache)
+        return bool(getattr(self.session.provider, "bytes_a_pass", 0))
 
     @property
     def bytes_per_token(self) -> int:
@@ -111,8 +124,33 @@ class LanguageModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the cache of keys and values takes now."""
+        """Bytes that the cache of keys and values takes now, in memory and on disk."""
         return self._cache.nbytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that are set aside for the cache on disk."""
+        return self._cache.disk_bytes
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
+        provider: Any = self.session.provider
+        return int(provider.bytes_read) if self.streams else 0
+
+    def reading(self) -> Reading | None:
+        """The pass under way, for whoever looks from another thread; None between two."""
+        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        if not now:
+            return None
+        provider: Any = self.session.provider
+        pass_bytes = getattr(provider, "bytes_a_pass", 0)
+        if not pass_bytes:
+            return Reading("", 0, 0, 0, tokens, wanted, now)
+        return Reading(
+            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
+            now,
+        )  # fmt: skip
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
@@ -149,6 +187,7 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
+        self._wanted = len(self.tokens) + len(ids)
         whole = [int(i) for i in ids]
         return [whole[start : start + size] for start in range(0, len(whole), size)]
 
@@ -160,7 +199,11 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
-        result = self.session.run(feeds, wanted, stop=stop)
+        self._now = len(ids)
+        try:
+            result = self.session.run(feeds, wanted, stop=stop)
+        finally:
+            self._now = 0
         self.tokens += ids
         self.passes += 1
         for slot, present in self._carried.items():
@@ -179,7 +222,7 @@ class LanguageModel:
     def close(self) -> None:
         """Let go of the weights and the cache."""
         self.session.close()
-        self._cache.slots.clear()
+        self._cache.close()
 
 
 def _context(graph: Graph, wanted: int | None) -> int:

@@ -111,6 +111,7 @@ def measure(
     name: str, graph: Graph, cases: Sequence[Case], options: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
     """Run all cases and the yardstick; the JSON document of `bench`."""
+    from .hub import spill_dir
     from .llm import LanguageModel
 
     threads = options["threads"] or device.physical_cores()
@@ -123,6 +124,7 @@ def measure(
         threads=threads,
         precision=options["precision"],
         kv_cache=options["kv_cache"],
+        kv_spill=spill_dir(options["kv_spill"]),
         context=max(case.context for case in cases),
         progress=report,
     )
@@ -130,6 +132,7 @@ def measure(
     try:
         results = [run_case(llm, case, options["repetitions"], report) for case in cases]
         per_token, precision = int(llm.bytes_per_token), llm.precision
+        spilled = llm.spilled_bytes
     finally:
         llm.close()
     report("measuring read bandwidth", None)
@@ -137,7 +140,7 @@ def measure(
     return {
         "model": name, "size_bytes": size, "params": params, "backend": "CPU",
         "threads": threads, "precision": precision, "load": options["load"],
-        "kv_cache": options["kv_cache"], "load_s": round(load_s, 3),
+        "kv_cache": options["kv_cache"], "kv_spilled_bytes": spilled, "load_s": round(load_s, 3),
         "repetitions": options["repetitions"],
         "tests": [asdict(r) for r in results],
         "bytes_per_token": per_token, "read_bandwidth": bandwidth,

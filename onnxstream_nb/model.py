@@ -69,6 +69,7 @@ class Model:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         draft: str | Path | None = None,
         speculate: int | None = None,
         progress: Report | None = None,
@@ -76,7 +77,9 @@ class Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
         `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
-        "f16". `progress` is called as work proceeds and may raise to give up.
+        "f16". What of it does not fit `ram` lies on disk, in the folder `kv_spill`, by default in
+        the cache; with "off" it has to fit. `progress` is called as work proceeds and may raise to
+        give up.
         `draft` is a smaller model of the same vocabulary whose guesses are checked several a pass
         over the weights, `speculate` how many (0 to 7) the text so far may propose a pass; without
         it 7 when weights are streamed, and none when they are in memory. Neither changes a greedy
@@ -87,7 +90,7 @@ class Model:
         report = progress or (lambda text, fraction: None)
         started = perf_counter()
         report("importing the engine", None)
-        from .hub import resolve
+        from .hub import resolve, spill_dir
         from .llm import LanguageModel
         from .tokenizer import load_tokenizer
 
@@ -106,7 +109,8 @@ class Model:
             with beside(drafter, budget) as rest:
                 llm = LanguageModel(
                     found.path, load=load, ram=rest, threads=threads, context=context,
-                    precision=precision, kv_cache=kv_cache, device=device, progress=report,
+                    precision=precision, kv_cache=kv_cache, kv_spill=spill_dir(kv_spill),
+                    device=device, progress=report,
                 )  # fmt: skip
             undo.callback(llm.close)
             model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)

@@ -6,10 +6,8 @@ file's own rows they read at half of it. What is only looked up by rows stays as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +41,7 @@ class Packer(Protocol):
         """Pack `count` stored rows of a part, from `first` on, into all panels at `out`."""
 
 
-def _size(ref: WeightRef, panel_bytes: int) -> int:
+def panels_bytes(ref: WeightRef, panel_bytes: int) -> int:
     """Bytes of all panels of a weight, up to the next one's alignment."""
     panels = -(-ref.shape[1] // 16)
     return -(-panels * panel_bytes // ALIGNMENT) * ALIGNMENT
@@ -51,8 +49,6 @@ def _size(ref: WeightRef, panel_bytes: int) -> int:
 
 class PackedProvider:
     """Packs some weights when it is made; others come from a provider that keeps them in place."""
-
-    in_place = True  # a weight stays where it is from one `get` to the next
 
     def __init__(
         self,
@@ -71,12 +67,12 @@ class PackedProvider:
         wanted = {ref.matrix: (ref, packer.panel_bytes(ref)) for ref in refs}
         keys = {ref.key for ref, _ in wanted.values()}
         self._tables = {ref.matrix for ref in tables if ref.key in keys}
-        total = sum(_size(*found) for found in wanted.values())
+        total = sum(panels_bytes(*found) for found in wanted.values())
         memory, done = packer.memory(total), 0
         for matrix, (ref, panel_bytes) in wanted.items():
             if progress is not None:
                 progress("packing weights", done / total)
-            size = _size(ref, panel_bytes)
+            size = panels_bytes(ref, panel_bytes)
             self._weights[matrix] = _packed(ref, panel_bytes, memory[done : done + size])
             self._fill(self._weights[matrix], packer)
             done += size
@@ -120,13 +116,8 @@ class PackedProvider:
         if ref.matrix in self._weights:
             return self._weights[ref.matrix]
         if ref.matrix in self._tables:
-            return Weight(ref, np.empty(0, np.uint8), partial(self._read_rows, ref))
+            return self._disk.table(ref)
         return self.others.get(ref)
-
-    def _read_rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
-        row_bytes = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        rows = [self._disk.read(ref, row_bytes * i, row_bytes * (i + 1)) for i in map(int, ids)]
-        return np.stack(rows)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """For the other provider: panels are in memory."""
@@ -148,5 +139,5 @@ class PackedProvider:
 
 def _packed(ref: WeightRef, panel_bytes: int, memory: np.ndarray[Any, Any]) -> Weight:
     weight = Weight(ref, memory)
-    weight.packed, weight.row_bytes = True, panel_bytes
+    weight.packed, weight.row_bytes, weight.lasting = True, panel_bytes, True
     return weight

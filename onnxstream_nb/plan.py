@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,27 @@ CONSTANT_BYTES = 65536  # a smaller initializer is read once and kept as an arra
 Array = np.ndarray[Any, Any]
 
 
+class Form(IntEnum):
+    """How an operator takes an input: as an array, in the engine's own form, or so that a weight
+    may come in tiles."""
+
+    ARRAY = 0
+    NATIVE = 1
+    TILES = 2
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One node, ready to run.
 
-    `inputs` are (name, whether the operator takes it in the engine's form); `weights` are the
+    `inputs` are (name, in which form the operator takes it); `weights` are the
     references it needs from the provider, `dead` the values nobody reads after it.
     """
 
     node: Node
     operator: Operator
     attributes: Mapping[str, Any]
-    inputs: tuple[tuple[str, bool], ...]
+    inputs: tuple[tuple[str, Form], ...]
     outputs: tuple[str, ...]
     weights: tuple[WeightRef, ...]
     dead: tuple[str, ...]
@@ -173,11 +183,17 @@ def _step(
     refs = graph.initializers
     return Step(
         node, operator, attributes,
-        inputs=tuple((name, i in operator.native) for i, name in enumerate(node.inputs)),
+        inputs=tuple((name, _form(operator, i)) for i, name in enumerate(node.inputs)),
         outputs=node.outputs,
         weights=tuple(refs[n] for n in node.inputs if n in refs and n not in constants),
         dead=dead,
     )  # fmt: skip
+
+
+def _form(operator: Operator, i: int) -> Form:
+    if i in operator.packs:
+        return Form.TILES
+    return Form.NATIVE if i in operator.native else Form.ARRAY
 
 
 def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -> list[str]:

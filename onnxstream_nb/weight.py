@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any, cast
 
@@ -23,16 +23,22 @@ class Weight:
     `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array. A weight that was
     packed holds its rows in panels of `row_bytes` (kernels/panels.py); of one that is left in its
     file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty. The bytes
-    of a weight in parts lie one part behind the other.
+    of a weight in parts lie one part behind the other. A tile of a larger weight holds its stored
+    rows from number `first` on. One that is `lasting` stays where it is while its provider is open.
     """
 
-    __slots__ = ("address", "buffer", "packed", "read_rows", "ref", "row_bytes")
+    __slots__ = (
+        "address", "buffer", "first", "lasting", "packed", "read_rows", "ref", "row_bytes",
+    )  # fmt: skip
+    in_tiles = False
 
     def __init__(
         self,
         ref: WeightRef,
         buffer: np.ndarray[Any, Any],
         read_rows: Callable[[Iterable[int]], np.ndarray[Any, Any]] | None = None,
+        *,
+        lasting: bool = False,
     ) -> None:
         self.ref = ref
         self.buffer = buffer
@@ -43,6 +49,16 @@ class Weight:
             rows *= n
         self.row_bytes = ref.nbytes // rows if rows else 0
         self.packed = False
+        self.first = 0
+        self.lasting = lasting
+
+    def tiles(self) -> Iterator[Weight]:
+        """The weight as its bytes come, one stretch of stored rows after the other: here, whole."""
+        yield self
+
+    def whole(self) -> Weight:
+        """The weight with all of its bytes in memory."""
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,10 +116,12 @@ class Weight:
         """The stored elements of a plain encoding as an array of `ref.stored_shape`; those of
         less than a byte are unpacked, the lower bits first."""
         dtype, shape = numpy_dtype(self.encoding), self.ref.stored_shape
-        bits = SHORT_BITS.get(self.encoding)
+        bits, buffer = SHORT_BITS.get(self.encoding), self.buffer
+        if self.read_rows is not None:
+            buffer = self.read_rows(range(math.prod(shape[:-1]))).reshape(-1)
         if bits is None:
-            return self.buffer.view(dtype).reshape(shape)
-        each = self.buffer[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)
+            return buffer.view(dtype).reshape(shape)
+        each = buffer[:, None] >> np.arange(0, 8, bits, dtype=np.uint8)
         elements = (each & (2**bits - 1)).reshape(-1)[: math.prod(shape)].reshape(shape)
         if not self.encoding.startswith("int"):
             return cast("np.ndarray[Any, Any]", elements.view(dtype))

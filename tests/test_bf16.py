@@ -84,7 +84,7 @@ def product(kind: str, x: Array, weight: Any, threads: int = 1) -> Array:
     source = pack, x.ctypes.data, 4 * k, packed.ctypes.data, m, k
     where = weight.address, weight.row_bytes, packed.ctypes.data, out.ctypes.data, row
     with np.errstate(invalid="ignore", over="ignore"):  # uncompiled kernels compute in NumPy
-        team.run([source, (gemm, *where, m, n, k, scratch.ctypes.data, each)])
+        team.run([source, (gemm, *where, m, n, k, 0, scratch.ctypes.data, each)])
     assert (packed[size:] == GUARD).all() and (scratch[each * team.shares :] == GUARD).all()
     assert (out[m:] == np.float32(np.pi)).all() and (out[:, n:] == np.float32(np.pi)).all()
     return out[:m, :n]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -202,6 +203,35 @@ def test_ctrl_c_while_the_prompt_is_read(at_terminal: Callable[..., PseudoTermin
     chat.expect(">>>")
     chat.send("/bye\r")
     assert chat.wait() == 0
+
+
+def test_a_slow_token_says_what_it_waits_for(at_terminal: Callable[..., PseudoTerminal]) -> None:
+    chat = at_terminal("--delay", "1.5", "--pass-bytes", "3000000000", term="xterm")
+    chat.expect(">>>")
+    chat.send("hi\r")
+    chat.expect("prompt 0 of 21 tokens · blk.12.ffn_up.weight · ")
+    assert re.match(r"[12]\.\d\d GB/s · 0:0\d left\x1b\[0m\r", chat.expect("\n"))
+    chat.expect("prompt 16 of 21 tokens · ")
+    chat.expect("\r\x1b[1A\x1b[JH\r\n")
+    chat.expect("reading blk.12.ffn_up.weight · ")
+    assert re.match(r"[12]\.\d\d GB/s · at most 1:\d\d:\d\d left\x1b\[0m\r", chat.expect("\n"))
+    chat.expect("\r\x1b[2A\x1b[JHI\r\n")
+    chat.expect("streamed ")
+    assert re.match(r"\d+\.\d GB at [12]\.\d+ GB/s · peak", chat.expect("MB"))
+    chat.send("\x04")
+    assert chat.wait() == 0
+
+
+def test_a_slow_token_of_generate(at_terminal: Callable[..., PseudoTerminal]) -> None:
+    slow = ("--delay", "1.5", "--pass-bytes", "3000000000", "--generate", "a")
+    run = at_terminal(*slow)
+    run.expect("prompt 16 of ")
+    run.expect("A")
+    run.expect("\n\r\x1b[K")
+    run.expect("reading blk.12.ffn_up.weight · ")
+    run.expect("\r\x1b[K\x1b[A\x1b[1C")
+    assert run.wait() == 0
+    assert at_terminal(*slow, "--json").wait() == 0
 
 
 def test_ctrl_c_while_loading_leaves_with_one_line(

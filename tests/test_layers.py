@@ -17,7 +17,10 @@ LEAVES = {"errors", "graph", "device", "progress"}
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
-    "packing": "session", "speculation": "model", "drafting": "model",
+    "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
+    "spill": "kvcache",
+    "liveness": "session", "shapes": "session",
+    "speculation": "model", "drafting": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 

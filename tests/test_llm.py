@@ -87,7 +87,7 @@ def test_hugging_face_folder(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("load", ["stream", "mmap", "ram"])
 def test_decoding_many_tokens(load: str, threads: int, tmp_path: Path) -> None:
-    """Past the least capacity of a cache, so that it grows and moves."""
+    """Over the ends of many blocks of the cache."""
     tiny = Tiny(vocab=67, context=700, layers=1)
     held = write_gguf(tmp_path / "m.gguf", tiny)
     ids = [int(i) for i in np.random.default_rng(4).integers(0, 67, 300)]

@@ -19,6 +19,7 @@ from llm_checks import exact_model, near
 from onnx_models import refusal
 
 from onnxstream_nb.errors import UsageError
+from onnxstream_nb.kernels.lowered import FEW_ROWS
 from onnxstream_nb.kernels.matmul import gemm, matmul
 from onnxstream_nb.kernels.simd import JIT
 from onnxstream_nb.kernels.threads import precision, set_precision, set_threads
@@ -49,14 +50,14 @@ def exact_afterwards(one_thread_afterwards: None) -> Iterator[None]:
 
 
 def assert_fast(y: Array, x: Array, w: Array, encoding: str) -> None:
-    if SUPPORTED and len(x) > 1 and encoding in PLAIN:
+    if SUPPORTED and len(x) > FEW_ROWS and encoding in PLAIN:
         assert_rounded(y, x, w)
     else:
         assert_exact(y, x, w, encoding)
 
 
 def assert_exact(y: Array, x: Array, w: Array, encoding: str) -> None:
-    if AMX and len(x) > 1 and encoding in PLAIN:
+    if AMX and len(x) > FEW_ROWS and encoding in PLAIN:
         assert_split(y, x, w)
     else:
         assert_product(y, x, w, encoding)
@@ -98,7 +99,7 @@ def test_every_encoding_at_both_precisions(
         set_threads(threads)
         for k, n in ((256, 35), (512, 5), *([(77, 33)] if encoding in PLAIN else [])):
             weight, dense = random_weight(encoding, k, n, rng, transposed)
-            for m in (1, 2, 13, 40):
+            for m in (1, 2, 8, 9, 13, 40):
                 x = normal(rng, m, k)
                 CHECKS[wanted](matmul(x, weight), x, dense, encoding)
 
@@ -130,7 +131,7 @@ def test_nothing_to_multiply() -> None:
 
 @pytest.mark.skipif(not SUPPORTED, reason="this processor has no products in bfloat16")
 def test_each_thread_has_its_own_precision(rng: Any) -> None:
-    x, w = normal(rng, 5, 64), normal(rng, 64, 7)
+    x, w = normal(rng, 15, 64), normal(rng, 64, 7)
     exact = matmul(x, w)
     seen: list[Any] = []
 

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
+    from ..progress import ReplyProgress
 
 SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -38,18 +39,22 @@ def generate(options: Mapping[str, Any]) -> int:
             if options["json"]:
                 print(json.dumps(generation_report(list(run), run), ensure_ascii=False))
             else:
-                stream(run)
+                stream(run, run.progress)
         return 130 if run.stats.stop_reason == "interrupted" else 0
 
 
-def stream(run: Iterable[Token]) -> None:
-    """Print each token's text as it comes; a terminal gets no control characters of the model."""
+def stream(run: Iterable[Token], progress: Callable[[], ReplyProgress]) -> None:
+    """Print each token's text as it comes; a terminal gets no control characters of the model.
+
+    When a token takes long, `progress` tells what it waits for, which is shown on stderr.
+    """
+    from ..ui import Terminal
     from ..ui.text import clean
 
     on_terminal = sys.stdout.isatty()
-    for token in run:
-        sys.stdout.write(clean(token.text) if on_terminal else token.text)
-        sys.stdout.flush()
+    with Terminal().streamed(progress) as write:
+        for token in run:
+            write(clean(token.text) if on_terminal else token.text)
     print()
 
 
@@ -68,6 +73,7 @@ def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any
         "decode_tps": round(stats.decode_tps, 3),
         "ttft_s": round(stats.ttft_s, 4),
         "load_s": round(stats.load_s, 4),
+        "bytes_read": stats.bytes_read,
         "peak_rss_mb": round(stats.peak_rss_mb, 1),
         "stop_reason": stats.stop_reason,
     }
@@ -97,7 +103,10 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how a model is held and helped, as Model.load takes them."""
-    names = ("load", "ram", "threads", "context", "precision", "kv_cache", "draft", "speculate")
+    names = (
+        "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
+        "speculate",
+    )  # fmt: skip
     return {name: options[name] for name in names}
 
 

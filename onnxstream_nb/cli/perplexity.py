@@ -112,6 +112,7 @@ def open_reader(
 ) -> Reader:
     """The model, open for windows of the size that the options say."""
     from ..formats import load
+    from ..hub import spill_dir
     from ..llm import LanguageModel
     from ..perplexity import Reader
 
@@ -124,7 +125,8 @@ def open_reader(
     try:
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
-            precision=precision, kv_cache=options["kv_cache"], progress=report,
+            precision=precision, kv_cache=options["kv_cache"],
+            kv_spill=spill_dir(options["kv_spill"]), progress=report,
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:

@@ -28,6 +28,13 @@ KV_CACHE = Option(
     "KIND",
     default="f16",
 )
+KV_SPILL = Option(
+    ("--kv-spill",),
+    "folder for keys and values that --ram has no room for, or off: then they must fit; default: in"
+    " the cache",
+    text,
+    "DIR",
+)
 LOADING = (
     Option(
         ("--load",),
@@ -41,6 +48,7 @@ LOADING = (
     THREADS,
     PRECISION,
     KV_CACHE,
+    KV_SPILL,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SPECULATION = (
@@ -149,8 +157,15 @@ PERPLEXITY = (
     *LOADING[:-1], JSON, TRACE,
 )  # fmt: skip
 INSPECT = (
-    Option(("--plan",), "print what will run, in order", truth, default=False),
+    Option(
+        ("--plan",), "print what will run, in order, and what is alive at its widest step",
+        truth, default=False,
+    ),
     Option(("--ops",), "only the table of operators", truth, default=False),
+    Option(
+        ("--tokens",), "a pass's tokens (or other open sizes), for its activations; default 512",
+        whole(1), "N", default=512,
+    ),
     LOADING[-1], JSON,
 )  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
