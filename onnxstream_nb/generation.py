@@ -120,7 +120,7 @@ class Generation(Iterator[Token]):
         self._decoder = Decoder(model.llm, Sampler(params), guesses, model.draft)
         self._stream = model.tokenizer.stream()
         self._stops = StopStrings(params.stop)
-        self._in_step = False  # whether the decoder knows the text
+        self._in_step = False  # whether the decoder has the text as it is now
         self._fit_prompt()
 
     def stop(self) -> None:
@@ -200,16 +200,25 @@ class Generation(Iterator[Token]):
         return token
 
     def _draw(self) -> tuple[int, float]:
-        decoder = self._decoder
         if not self._in_step:
-            known = decoder.begin(self.prompt_ids + self.ids)
-            if not self.ids:
-                self.stats.prompt_tokens, self.stats.cached_tokens = len(decoder.text), known
-            self._in_step = True
+            self._read()
+        decoder = self._decoder
         room = self._model.context - len(decoder.text)
         if self._max_tokens is not None:
             room = min(room, self._max_tokens - len(self.ids) - 1)
         return decoder.next(room, self._stop)
+
+    def _read(self) -> None:
+        """Reads what the cache lacks of the prompt, and of the reply where that was shortened."""
+        from .speculation import common_prefix
+
+        llm, text = self._model.llm, self.prompt_ids + self.ids
+        known = common_prefix(llm.tokens, text[:-1])
+        if not self.ids:
+            self.stats.prompt_tokens, self.stats.cached_tokens = len(text), known
+        llm.rewind(known)
+        self._decoder.begin(text, llm.feed(text[known:], self._stop))
+        self._in_step = True
 
     def _take(self, token_id: int, logprob: float) -> Token:
         """Decides whether a token is the last one."""
