@@ -27,6 +27,7 @@ SMALL = 1 << 16  # bytes: below, NumPy's own allocator keeps memory at hand
 LINE = 64  # every array begins on a cache line
 PAGE = mmap.PAGESIZE
 SLACK = 8  # touched memory exceeds the most that was alive by this part at most
+SPARE = 1 << 22  # bytes that `trim_unused` leaves
 RANGE = 1 << 26  # bytes reserved at a time where addresses are dear
 SPARSE = hasattr(mmap, "MADV_DONTNEED")  # untouched pages cost nothing, touched ones can go
 
@@ -119,6 +120,7 @@ class Arena:
         self._dead = deque()
         self._lock = threading.Lock()
         self._live = self._peak_live = self._peak_touched = 0
+        self._most = self._recent = 0  # alive at once: since all was given back, since trim_unused
 
     def array(self, shape, dtype, nbytes):
         """An array of any contents, `nbytes` long, which begins on a cache line."""
@@ -127,10 +129,9 @@ class Arena:
             self._collect()
             home, start = self._place(size)
             home.free.remove(start, start + size)
-            self._live += size
-            self._peak_live = max(self._peak_live, self._live)
+            self._count(size)
             fresh = size - sum(b - a for a, b in home.touched.overlap(start, start + size))
-            self._give_back(self._touched() + fresh - self._peak_live - self._peak_live // SLACK)
+            self._give_back(self._touched() + fresh - self._most - self._most // SLACK)
             home.touched.add(start, start + size)
             self._peak_touched = max(self._peak_touched, self._touched())
         array = np.ndarray(shape, dtype, buffer=home.memory, offset=start)
@@ -150,6 +151,12 @@ class Arena:
                 return home, start
         self._ranges.append(_Range(size))
         return self._ranges[-1], 0
+
+    def _count(self, size):
+        self._live += size
+        self._most = max(self._most, self._live)
+        self._recent = max(self._recent, self._live)
+        self._peak_live = max(self._peak_live, self._live)
 
     def _collect(self):
         """Free the places of arrays that have died."""
@@ -184,10 +191,23 @@ class Arena:
         """Give memory in which no array lives back to the system, but for `keep` bytes."""
         with self._lock:
             self._collect()
-            excess = self._touched() - self._live - keep
-            if excess > 0 and (keep == 0 or not SPARSE):  # with its last reference goes a mapping
-                self._ranges = [r for r in self._ranges if r.free.total < len(r.memory)]
-            self._give_back(self._touched() - self._live - keep)
+            self._trim(keep)
+
+    def trim_unused(self):
+        """Give back what has not been needed since the last time, but for a little: behind a long
+        prompt, single tokens need less than it did."""
+        with self._lock:
+            self._collect()
+            recent, self._recent = self._recent, self._live
+            self._trim(recent + recent // SLACK + SPARE - self._live)
+
+    def _trim(self, keep):
+        if keep <= 0:
+            self._most = self._live
+        excess = self._touched() - self._live - keep
+        if excess > 0 and (keep <= 0 or not SPARSE):  # with its last reference goes a mapping
+            self._ranges = [r for r in self._ranges if r.free.total < len(r.memory)]
+        self._give_back(self._touched() - self._live - keep)
 
 
 _arena = Arena()
@@ -196,7 +216,7 @@ _arena = Arena()
 def empty(shape, dtype=np.float32):
     """An array of any contents, as numpy.empty; large ones in the arena."""
     dtype = np.dtype(dtype)
-    nbytes = dtype.itemsize * math.prod(shape if isinstance(shape, tuple | list) else (shape,))
+    nbytes = dtype.itemsize * math.prod((shape,) if isinstance(shape, int) else shape)
     if nbytes < SMALL:
         return np.empty(shape, dtype)
     return _arena.array(shape, dtype, nbytes)

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from .errors import Interrupted, UsageError
+from .progress import ReplyProgress
 from .work import Work
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Stats:
     cache. `completion_tokens` counts the token that ended the reply. `ttft_s` runs from the call
     to the first token. `decode_s` is the time inside the model after the first token, `passes` are
     those over the weights: one a token, fewer where guesses were read with it (`drafted`) and were
-    right (`accepted`).
+    right (`accepted`). `bytes_read` were streamed from disk for it.
     `stop_reason` is eos, stop, length, context or interrupted, and empty while generating.
     """
 
@@ -64,6 +65,7 @@ class Stats:
     decode_s: float = 0.0
     ttft_s: float = 0.0
     load_s: float = 0.0
+    bytes_read: int = 0
     peak_rss_mb: float = 0.0
     stop_reason: str = ""
 
@@ -78,6 +80,12 @@ class Stats:
         """Tokens per second after the first one; 0.0 when there was only one."""
         later = self.completion_tokens - 1
         return later / self.decode_s if later > 0 and self.decode_s > 0 else 0.0
+
+    @property
+    def read_bps(self) -> float:
+        """Bytes streamed a second of reading the prompt and writing; 0.0 when there were none."""
+        seconds = self.prefill_s + self.decode_s
+        return self.bytes_read / seconds if seconds > 0 else 0.0
 
 
 class Generation(Work, Iterator[Token]):
@@ -112,7 +120,7 @@ class Generation(Work, Iterator[Token]):
         self._decoder = Decoder(model.llm, Sampler(params), guesses, model.draft)
         self._stream = model.tokenizer.stream()
         self._stops = StopStrings(params.stop)
-        self._in_step = False  # whether the decoder knows the text
+        self._in_step = False  # whether the decoder has the text as it is now
         self._fit_prompt()
 
     def stop(self) -> None:
@@ -123,6 +131,18 @@ class Generation(Work, Iterator[Token]):
     def stopped(self) -> bool:
         """True when no further token will come."""
         return bool(self.stats.stop_reason) or self._stop.is_set()
+
+    def progress(self) -> ReplyProgress:
+        """How far the reply is, for whoever looks from another thread.
+
+        What is left counts the context as it stands: where old turns make room, more may come.
+        """
+        llm, written = self._model.llm, len(self.ids)
+        left = self._model.context - len(llm.tokens)
+        if self._max_tokens is not None:
+            left = min(left, self._max_tokens - written)
+        mean = self.stats.decode_s / (written - 1) if written > 1 else None
+        return ReplyProgress(llm.reading(), written, left, mean)
 
     @property
     def most_positions(self) -> int:
@@ -146,6 +166,7 @@ class Generation(Work, Iterator[Token]):
         with self._model.claim(self):
             if self.stats.stop_reason:
                 raise StopIteration
+            read_before = self._model.llm.bytes_streamed
             try:
                 return self._step()
             except Interrupted:
@@ -154,6 +175,8 @@ class Generation(Work, Iterator[Token]):
             except BaseException:
                 self.finish("interrupted")
                 raise
+            finally:
+                self.stats.bytes_read += self._model.llm.bytes_streamed - read_before
 
     def _step(self) -> Token:
         started = perf_counter()
@@ -174,16 +197,25 @@ class Generation(Work, Iterator[Token]):
         return token
 
     def _draw(self) -> tuple[int, float]:
-        decoder = self._decoder
         if not self._in_step:
-            known = decoder.begin(self.prompt_ids + self.ids)
-            if not self.ids:
-                self.stats.prompt_tokens, self.stats.cached_tokens = len(decoder.text), known
-            self._in_step = True
+            self._read()
+        decoder = self._decoder
         room = self._model.context - len(decoder.text)
         if self._max_tokens is not None:
             room = min(room, self._max_tokens - len(self.ids) - 1)
         return decoder.next(room, self._stop)
+
+    def _read(self) -> None:
+        """Reads what the cache lacks of the prompt, and of the reply where that was shortened."""
+        from .speculation import common_prefix
+
+        llm, text = self._model.llm, self.prompt_ids + self.ids
+        known = common_prefix(llm.tokens, text[:-1])
+        if not self.ids:
+            self.stats.prompt_tokens, self.stats.cached_tokens = len(text), known
+        llm.rewind(known)
+        self._decoder.begin(text, llm.feed(text[known:], self._stop))
+        self._in_step = True
 
     def _take(self, token_id: int, logprob: float) -> Token:
         """Decides whether a token is the last one."""

@@ -11,7 +11,8 @@ from .errors import UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvslot import ROOM, ArraySlot, KVSlot, Slot
 from .passes.kvcache import CachePair
-from .spill import MOST_WINDOWS, SpilledSlot, SpillFile, working_bytes
+from .spill import MOST_WINDOWS, SpilledSlot, working_bytes
+from .spill_file import SpillFile
 from .weights import numpy_dtype
 
 __all__ = [

@@ -18,6 +18,7 @@ from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at, bytes_resident
 from .loading import logit_chunk, prompt_precision
+from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -37,8 +38,8 @@ class LanguageModel:
     see Slot. What of a full context's does not fit `ram` lies in a file in the folder `kv_spill`;
     without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
     `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
-    over the weights; `full_cache_bytes` is what the cache takes at the whole context. One caller at
-    a time.
+    over the weights; `full_cache_bytes` is what the cache takes at the whole context. `packed` is
+    as for Session. One caller at a time.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class LanguageModel:
         kv_cache: str = "f16",
         kv_spill: str | Path | None = None,
         device: str = "cpu",
+        packed: str | Path | None = None,
         sequences: int = 1,
         progress: Progress | None = None,
     ) -> None:
@@ -76,6 +78,7 @@ class LanguageModel:
         _check_inputs(self._inputs)
         self.tokens: list[int] = []
         self.passes = 0
+        self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         windows = 2 * (threads or physical_cores())  # shares of the thread team
@@ -86,11 +89,12 @@ class LanguageModel:
         self._has_budget = ram is not None
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=reserve, progress=progress,
+            device=device, optimize=False, reserve=reserve, packed=packed, progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
-        full = bytes_resident(self.graph, pairs, self.context, kv_cache, windows=windows)
-        self.full_cache_bytes = full[0]
+        self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)
+        if progress is not None and self.session.reserve < reserve[0]:
+            progress("setting aside room on disk for the context", None)
         try:
             self._cache = KVCache(
                 self.graph, pairs, kv_cache, self.context,
@@ -134,6 +138,26 @@ class LanguageModel:
     def spilled_bytes(self) -> int:
         """Bytes that are set aside for the cache on disk."""
         return self._cache.disk_bytes
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
+        provider: Any = self.session.provider
+        return int(provider.bytes_read) if self.streams else 0
+
+    def reading(self) -> Reading | None:
+        """The pass under way, for whoever looks from another thread; None between two."""
+        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        if not now:
+            return None
+        provider: Any = self.session.provider
+        pass_bytes = getattr(provider, "bytes_a_pass", 0)
+        if not pass_bytes:
+            return Reading("", 0, 0, 0, tokens, wanted, now)
+        return Reading(
+            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
+            now,
+        )  # fmt: skip
 
     @property
     def cache_room(self) -> int:
@@ -186,6 +210,7 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
+        self._wanted = len(self.tokens) + len(ids)
         whole = [int(i) for i in ids]
         return [whole[start : start + size] for start in range(0, len(whole), size)]
 
@@ -197,7 +222,11 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
-        result = self.session.run(feeds, wanted, stop=stop)
+        self._now = len(ids)
+        try:
+            result = self.session.run(feeds, wanted, stop=stop)
+        finally:
+            self._now = 0
         self.tokens += ids
         self.passes += 1
         for slot, present in self._carried.items():

@@ -229,7 +229,9 @@ def _budget(
         chunk //= 2
     left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
-        raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
+        whole = used + work_bytes(plan, LEAST_CHUNK) + sum(sizes.values())
+        used += work_bytes(plan, chunk, True)
+        raise _too_little(ram, min(ram - left, whole), used, reserve)
     more = min(MOST_PIECES - LEAST_PIECES, left // 2 // slot) if slot else 0
     held = _shares(plan, sizes, left - more * slot)
     return Holding("stream", chunk, held=held, slots=LEAST_PIECES + more)

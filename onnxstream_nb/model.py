@@ -73,6 +73,7 @@ class Model:
         kv_spill: str | Path | None = None,
         draft: str | Path | None = None,
         speculate: int | None = None,
+        packed: str | Path | None = None,
         sequences: int = 1,
         progress: Report | None = None,
     ) -> Model:
@@ -82,6 +83,8 @@ class Model:
         "f16". What of it does not fit `ram` lies on disk, in the folder `kv_spill`, by default in
         the cache; with "off" it has to fit. For a batch, `ram` has to hold the contexts of so many
         `sequences`. `progress` is called as work proceeds and may raise to give up.
+        `packed` is a folder in which quantised weights are kept as they are packed for the
+        kernels: the next start need not pack them, and what is streamed comes so.
         `draft` is a smaller model of the same vocabulary whose guesses are checked several a pass
         over the weights, `speculate` how many (0 to 7) the text so far may propose a pass; without
         it 7 when weights are streamed, and none when they are in memory. Neither changes a greedy
@@ -112,7 +115,7 @@ class Model:
                 llm = LanguageModel(
                     found.path, load=load, ram=rest, threads=threads, context=context,
                     precision=precision, kv_cache=kv_cache, kv_spill=spill_dir(kv_spill),
-                    device=device, sequences=sequences, progress=report,
+                    packed=packed, device=device, sequences=sequences, progress=report,
                 )  # fmt: skip
             undo.callback(llm.close)
             model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)
@@ -151,9 +154,8 @@ class Model:
     ) -> Batch:
         """Answers many prompts, several in each pass over the weights: see `Batch`.
 
-        Iterating it yields an item each time that it has a further token or has ended, also for a
-        request with which something is wrong. `sampling` is as for `generate`, for each reply by
-        itself. Errors: UsageError for a bad option.
+        Iterating it yields an item each time that it has a further token or has ended, or cannot be
+        answered. `sampling` is each reply's own. Errors: UsageError for a bad option.
         """
         from .batch import Batch, BatchRequest
         from .sampling import params_of
@@ -273,13 +275,12 @@ class Model:
         self, prompt: str | Sequence[Mapping[str, str]], system: str | None, raw: bool
     ) -> Callable[[], list[int]]:
         """What gives the ids of a prompt, or of a conversation, which has its own system prompt."""
-        if not isinstance(prompt, str):
-            return lambda: self._encode_chat(prompt)
         if raw and system is not None:
             raise UsageError("--system needs the chat template that --raw leaves out")
-        if raw:
-            return lambda: self._encode_raw(prompt)
-        return lambda: self._encode_chat(_conversation(prompt, system))
+        if not isinstance(prompt, str):
+            return lambda: self._encode_chat(prompt)
+        messages = _conversation(prompt, system)
+        return lambda: self._encode_raw(prompt) if raw else self._encode_chat(messages)
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         from .tokenizer import encode_chat

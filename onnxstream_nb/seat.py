@@ -84,7 +84,6 @@ class Seat:
         self.item, self.positions, self.nbytes = item, 0, 0
         self.strand: Strand | None = None
         self.logits: Logits | None = None
-        self.vocab_size, self.streams = llm.vocab_size, llm.streams
         self._llm = llm
         self._read: list[int] = []
         self._started = self._first = 0.0
@@ -94,10 +93,9 @@ class Seat:
         """The ids that came before the last logits, in order."""
         return self._llm.tokens if self.strand is None else self._read
 
-    @property
-    def passes(self) -> int:
-        """Passes over the weights, those shared with others."""
-        return self._llm.passes
+    def __getattr__(self, name: str) -> Any:
+        """What else a reply asks of its model is the model's own."""
+        return getattr(self._llm, name)
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """The logits (V,) after `ids`, which the batch has read."""

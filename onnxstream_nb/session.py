@@ -21,6 +21,7 @@ from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose, choose_reserve, make_provider
 from .lowering import TABLE_BYTES, Replay
+from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
 IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
-IDLE_BEHIND_TOKEN = 1 << 22  # within a budget, when the next run will be for one token again
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -78,7 +78,8 @@ class Session:
     `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
-    "cpu". `optimize=False` runs the graph as it stands. `progress(text,
+    "cpu". `optimize=False` runs the graph as it stands. With `packed`, a folder, weights that have
+    panels are kept there packed, for the next start and for streaming. `progress(text,
     fraction)` is told what takes long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
@@ -96,6 +97,7 @@ class Session:
         device: str = "cpu",
         optimize: bool = True,
         reserve: int | Sequence[int] = 0,
+        packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         peak = peak_rss()
@@ -108,8 +110,11 @@ class Session:
         if precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision
-        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
+        internal("Threads")(self.threads)
+        if packed is not None:
+            self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
+        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
@@ -119,7 +124,6 @@ class Session:
         )
         if holding.slots:
             prepare(self.plan.kernels)
-        internal("Threads")(self.threads)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
         self.chunk = holding.chunk
         self._lock = threading.Lock()
@@ -163,13 +167,15 @@ class Session:
             self._set_threads(self.threads)
             self._set_precision(self.precision)
             checked = _checked_feeds(self.inputs, feeds)
+            getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-            token = self._has_budget and _next_tokens(checked) == 1
-            self._arena.trim(IDLE_BEHIND_TOKEN if token else IDLE)
+            if self._has_budget:
+                self._arena.trim_unused()
+            self._arena.trim(IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
@@ -287,13 +293,14 @@ class Session:
 def _next_tokens(feeds: Mapping[str, Any]) -> int:
     """How many tokens the feeds hold, one for each sequence whose cache kernels append to; 0 when
     they are something else."""
-    arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
+    arrays = [f for n, f in feeds.items() if isinstance(f, np.ndarray) and n != passes.LOGIT_ROWS]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
     if not slots or not all(hasattr(slot, "advanced") for slot in slots):
         return 0
     tokens: int = slots[0].tokens
     total = slots[0].shape[2] + 1  # what an attention mask covers
-    return tokens if all(f.size in (tokens, total) for f in arrays) else 0
+    sizes = {f.size for f in arrays}
+    return tokens if tokens in sizes and sizes <= {tokens, total} else 0
 
 
 def _thread_count(threads: int | None) -> int:

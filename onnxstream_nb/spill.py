@@ -1,4 +1,4 @@
-"""Keys and values on disk: a file without a name, read in slices while the last one is computed.
+"""Keys and values on disk, read in slices while the last one is computed.
 
 Dims: KV key/value heads, D their size, positions along the sequence. A window is a part of a slot
 in memory: of one head or several, from a block's beginning on.
@@ -6,124 +6,24 @@ in memory: of one head or several, from a block's beginning on.
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
-from typing import Any, NoReturn, cast
+from functools import partial
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from .device import format_size
-from .errors import OnnxstreamError, UsageError
-from .kvslot import BLOCK, KVSlot, Slot, capacity_for, zeroed
+from .kvslot import BLOCK, Array, KVSlot, Slot, capacity_for
+from .spill_file import SpillFile
 
 KEYS = 128  # slices are cut at multiples of what Attention's kernels take at a time
 SLICE_BYTES = 2 << 20  # of keys and values: one slice is computed while another is read
+FEW_ROWS = 8  # that are computed as so many tokens
 STATE_ROWS = 8192  # queries of a key/value head that go through the slices together
 MOST_WINDOWS = 32  # a slice has one for each share of the work, of which there are so many at most
-READERS = 4  # reads in flight
-ADVICE_BYTES = 1 << 20  # a system reads no more ahead for one request
 
-Array = np.ndarray[Any, Any]
 Part = tuple[int, int, int, int]
 """(window, head, start, stop): positions start .. stop of a head, in a window of a slice."""
-
-
-class SpillFile:
-    """A file of `nbytes` in `folder`, set aside at once and gone when the process ends.
-
-    Raises UsageError when the disk has not so much room, OnnxstreamError when it fails later.
-    """
-
-    def __init__(self, folder: Path, nbytes: int) -> None:
-        self.folder, self.nbytes = folder, nbytes
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._descriptor = _unnamed_file(folder, nbytes)
-        except OSError as error:
-            raise UsageError(
-                f"{folder}: {format_size(nbytes)} for the context's keys and values cannot be set "
-                f"aside on this disk ({error.strerror}): name a folder on another with --kv-spill, "
-                "or choose a smaller --context or a larger --ram"
-            ) from error
-        self._close = weakref.finalize(self, os.close, self._descriptor)
-        self._pool = ThreadPoolExecutor(READERS, "spill")
-        self._begun: list[Future[None]] = []
-        self._memory: dict[str, Array] = {}
-
-    def read(self, into: Array, offset: int) -> None:
-        """Fill `into`, flat uint8, from an offset on."""
-        view, done = memoryview(cast(Any, into)), 0
-        while done < len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                self._fail("reading", error)
-            if count == 0:
-                self._fail("reading", "the file ends before them")
-            done += count
-
-    def write(self, data: Array, offset: int) -> None:
-        """Write flat uint8 from an offset on."""
-        view, done = memoryview(cast(Any, data)), 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._descriptor, view[done:], offset + done)
-            except OSError as error:
-                self._fail("writing", error)
-
-    def _fail(self, what: str, problem: object) -> NoReturn:
-        raise OnnxstreamError(
-            f"{self.folder}: {what} the keys and values that lie there failed ({problem}): "
-            "name a folder on another disk with --kv-spill"
-        )
-
-    def memory(self, name: str, nbytes: int) -> Array:
-        """Working memory, flat uint8; who asks again for the same name gets the same."""
-        if name not in self._memory or self._memory[name].nbytes < nbytes:
-            self._memory[name] = zeroed(nbytes)
-        return self._memory[name][:nbytes]
-
-    def begin(self, calls: Sequence[Any]) -> None:
-        """Begin calls (function, *arguments), of which nobody may still be under way."""
-        wait(self._begun)  # those of a run that was given up
-        self._begun = [self._pool.submit(*call) for call in calls]
-
-    def settle(self) -> None:
-        """Wait for what was begun; raises the first error."""
-        for call in self._begun:
-            call.result()
-
-    def advise(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Have (offset, bytes) read ahead by the system, as far as it has memory to spare."""
-        if hasattr(os, "posix_fadvise"):
-            self._pool.submit(_advise, self._descriptor, runs)
-
-    def close(self) -> None:
-        """Give the room on disk back; slots in the file may not be used any more."""
-        self._pool.shutdown()
-        self._memory.clear()
-        self._close()
-
-
-def _unnamed_file(folder: Path, nbytes: int) -> int:
-    """The descriptor of a new file so long; where the system can, its blocks are its own."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-        else:
-            file.truncate(nbytes)
-        return os.dup(file.fileno())
-
-
-def _advise(descriptor: int, runs: Sequence[tuple[int, int]]) -> None:
-    for offset, nbytes in runs:
-        for at in range(offset, offset + nbytes, ADVICE_BYTES):
-            size = min(ADVICE_BYTES, offset + nbytes - at)
-            os.posix_fadvise(descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
 
 class SpilledSlot(Slot):
@@ -136,6 +36,11 @@ class SpilledSlot(Slot):
     def __init__(self, file: SpillFile, offset: int, like: Slot) -> None:
         super().__init__(like.kind, like.heads, like.size, like.dtype, like.encoding, like.capacity)
         self.file, self.offset = file, offset
+
+    @property
+    def geometry(self) -> tuple[str, int, str]:
+        """What windows of different slots have in common."""
+        return self.kind, self.size, self.encoding
 
     def with_values(self, values: SpilledSlot) -> SpilledPair:
         """These keys beside their values."""
@@ -187,8 +92,9 @@ class SpilledPair:
 
     def __init__(self, keys: SpilledSlot, values: SpilledSlot) -> None:
         self.keys, self.values, self.file = keys, values, keys.file
+        self._slots = keys, values
 
-    def tail(self, tokens: int) -> tuple[KVSlot, KVSlot]:
+    def tail(self, tokens: int) -> tuple[KVSlot, ...]:
         """Windows of all heads on the block that `length` lies in and room for so many tokens.
 
         Their `length` is that of the slots, counted from the block's beginning.
@@ -196,19 +102,20 @@ class SpilledPair:
         first = self.keys.length // BLOCK * BLOCK
         inside = self.keys.length - first
         self.keys.reserve(first + inside + tokens)
-        pair = self._windows("tail", self.keys.heads, inside + tokens)
-        for slot, window in zip((self.keys, self.values), pair, strict=True):
+        positions = -(-(inside + tokens) // BLOCK) * BLOCK
+        pair = self._windows("tail", self.keys.heads, positions)
+        for slot, window in zip(self._slots, pair, strict=True):
             window.memory[:] = 0
             for head in range(slot.heads if inside else 0):
                 slot.load(window, (head, head, first, first + BLOCK))
             window.length = inside
         return pair
 
-    def store(self, pair: tuple[KVSlot, KVSlot], tokens: int) -> None:
+    def store(self, pair: Sequence[KVSlot], tokens: int) -> None:
         """Write what `tail` gave, with so many tokens more."""
         at = self.keys.length
         first, stop = at // BLOCK * BLOCK, -(-(at + tokens) // BLOCK) * BLOCK
-        for slot, window in zip((self.keys, self.values), pair, strict=True):
+        for slot, window in zip(self._slots, pair, strict=True):
             for head in range(slot.heads):
                 slot.store(window, (head, head, first, stop))
 
@@ -224,16 +131,32 @@ class SpilledPair:
         positions = self.slice_positions(windows)
         pairs = [self._windows(name, windows, positions) for name in ("even", "odd")]
 
-        def reads(i: int) -> list[Any]:
-            slots = list(zip((self.keys, self.values), pairs[i % 2], strict=True))
+        def begin(i: int) -> None:
+            slots = list(zip(self._slots, pairs[i % 2], strict=True))
             parts = slices[i] if i < len(slices) else ()
-            return [(slot.load, window, part) for part in parts for slot, window in slots]
+            loads = (partial(slot.load, window) for slot, window in slots)
+            self.file.begin([partial(load, part) for load in loads for part in parts])
 
-        self.file.begin(reads(0))
+        begin(0)
         for i, parts in enumerate(slices):
             self.file.settle()
-            self.file.begin(reads(i + 1))
-            yield (*pairs[i % 2], parts)
+            begin(i + 1)
+            keys, values = pairs[i % 2]
+            yield keys, values, parts
+
+    def _windows(self, name: str, heads: int, positions: int) -> tuple[KVSlot, ...]:
+        """A window of so many heads and positions for each slot, their contents undefined, in the
+        file's memory of that name."""
+        known = self.file.windows
+        key = (name, heads, positions, *(slot.geometry for slot in self._slots))
+        if key not in known:
+            sizes = [_window_bytes(slot, heads, positions) for slot in self._slots]
+            memory = self.file.memory(name, sum(sizes))
+            known[key] = tuple(
+                slot.window(heads, positions, memory[end - size : end])
+                for slot, size, end in zip(self._slots, sizes, accumulate(sizes), strict=True)
+            )
+        return known[key]
 
     def state(self, nbytes: int) -> Array:
         """Memory for what is kept from one slice to the next."""
@@ -244,14 +167,6 @@ class SpilledPair:
         following = self.keys.following
         if following is not None:
             self.file.advise([*following.keys.filled(), *following.values.filled()])
-
-    def _windows(self, name: str, heads: int, positions: int) -> tuple[KVSlot, KVSlot]:
-        sizes = [_window_bytes(slot, heads, positions) for slot in (self.keys, self.values)]
-        memory = self.file.memory(name, sum(sizes))
-        return (
-            self.keys.window(heads, positions, memory[: sizes[0]]),
-            self.values.window(heads, positions, memory[sizes[0] :]),
-        )
 
 
 def _window_bytes(slot: Slot, heads: int, positions: int) -> int:
@@ -269,11 +184,14 @@ def slice_positions(keys: Slot, values: Slot, windows: int) -> int:
 
 def working_bytes(keys: Slot, values: Slot, group: int, chunk: int, windows: int) -> int:
     """Most bytes in memory while a layer on disk is gone through, `chunk` tokens a pass, `group`
-    queries to a key/value head: two slices, the new positions, and the state of a prompt's rows."""
+    queries to a key/value head: two slices, the new positions, and what is kept from one slice to
+    the next, of a prompt's rows or of a few tokens in each share of the work."""
     slices = max(
         sum(_window_bytes(slot, n, slice_positions(keys, values, n)) for slot in (keys, values))
         for n in (1, windows)
     )
     tail = sum(_window_bytes(slot, slot.heads, chunk + BLOCK) for slot in (keys, values))
-    state = 5 * min(chunk * group, STATE_ROWS) * (values.padded + 17)  # floats, and half-used pages
-    return 2 * slices + tail + state
+    row = 5 * (values.padded + 17)  # floats, and half-used pages
+    state = row * min(chunk * group, STATE_ROWS)
+    tokens = FEW_ROWS * windows * group * (row * keys.heads + 4 * (keys.size + KEYS))
+    return 2 * slices + tail + max(state, tokens)

@@ -9,7 +9,8 @@ import numpy as np
 
 from onnxstream_nb.kernels.attention import attention_24
 from onnxstream_nb.kvslot import KVSlot, Slot
-from onnxstream_nb.spill import SpilledSlot, SpillFile
+from onnxstream_nb.spill import SpilledSlot
+from onnxstream_nb.spill_file import SpillFile
 
 Array = np.ndarray[Any, Any]
 

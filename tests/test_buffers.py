@@ -276,6 +276,38 @@ def test_a_page_with_a_part_of_an_array_stays() -> None:
     assert where.usage().touched - where.usage().live == PAGE  # of three: parts of two pages
 
 
+@pytest.mark.skipif(not SPARSE, reason="this system cannot take single pages back")
+def test_what_was_not_needed_lately_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SPARE", 64 * KB)
+    where = Arena()
+
+    def run(*sizes: int) -> int:
+        held = [take(where, n * KB) for n in sizes]
+        del held
+        where.trim_unused()
+        return int(where.usage().touched)
+
+    assert run(400, 800) == run(400, 800) == 1200 * KB
+    assert run(64) == run(64) == (64 + 8 + 64) * KB
+    kept = take(where, 32 * KB)
+    where.trim_unused()
+    assert where.usage().touched == (32 + 4 + 64) * KB
+    assert run(800) == 832 * KB and kept.size == 32 * KB
+
+
+@pytest.mark.skipif(not SPARSE, reason="this system cannot take single pages back")
+def test_an_earlier_peak_does_not_excuse_later_holes() -> None:
+    where = Arena()
+    large = take(where, 8000 * KB)
+    del large
+    where.trim()
+    held = [take(where, 100 * KB) for _ in range(10)]
+    del held[::2]
+    rest = [take(where, 101 * KB) for _ in range(5)]  # none fits in a hole
+    assert where.usage().touched <= 1005 * KB * 9 // 8 + 10 * PAGE
+    assert len(rest) == 5
+
+
 # -- threads
 
 

@@ -21,6 +21,7 @@ from onnxstream_nb import cli, model
 from onnxstream_nb.cli.main import parse
 from onnxstream_nb.cli.verbs import SAMPLING, VERBS
 from onnxstream_nb.errors import ModelError, UsageError
+from onnxstream_nb.progress import ReplyProgress
 
 COMMAND = [sys.executable, "-m", "onnxstream_nb"]
 HEAVY = ("numba", "llvmlite", "numpy", "onnx", "rich", "jinja2", "huggingface_hub", "tokenizers")
@@ -62,6 +63,9 @@ class FakeRun:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def progress(self) -> ReplyProgress:
+        return ReplyProgress(None, self.stats.completion_tokens, 10, None)
 
     def __iter__(self) -> Iterator[model.Token]:
         for i, text in enumerate(("Par", "is", " ✓")):
@@ -287,13 +291,13 @@ def test_generate_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> N
         "text": "Paris ✓", "tokens": [100, 101, 102], "prompt_tokens": 3, "completion_tokens": 3,
         "passes": 0, "drafted": 0, "accepted": 0,
         "prefill_tps": 6.0, "decode_tps": 10.0, "ttft_s": 0.6, "load_s": 0.25,
-        "peak_rss_mb": 100.5, "stop_reason": "eos",
+        "bytes_read": 0, "peak_rss_mb": 100.5, "stop_reason": "eos",
     }  # fmt: skip
     assert out.count("\n") == 1
     assert fake.asked == {
         "name": "m", "load": "ram", "ram": None, "threads": None, "context": None,
-        "precision": "auto", "kv_cache": "f16", "kv_spill": None, "draft": None, "speculate": None,
-        "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
+        "precision": "auto", "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": None,
+        "speculate": None, "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
         "temperature": 0.0, "stop": ("x",),
     }  # fmt: skip
     assert fake.closed
@@ -325,10 +329,10 @@ def test_a_terminal_gets_no_escape_sequences(
     from onnxstream_nb.cli import commands
 
     evil = [model.Token("a\x1b[2Jb\n", 1, 0.0)]
-    commands.stream(evil)
+    commands.stream(evil, FakeRun().progress)
     assert capsys.readouterr().out == "a\x1b[2Jb\n\n"  # a pipe gets the bytes as they are
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    commands.stream(evil)
+    commands.stream(evil, FakeRun().progress)
     assert capsys.readouterr().out == "a[2Jb\n\n"
 
 
@@ -446,7 +450,7 @@ def test_chat_without_a_name_takes_the_default(monkeypatch: pytest.MonkeyPatch) 
     assert options.sampling == {"top_k": 3}
     assert options.load_options == {
         "load": "auto", "ram": None, "threads": 2, "context": None, "precision": "auto",
-        "kv_cache": "f16", "kv_spill": None, "draft": "tiny", "speculate": 3,
+        "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": "tiny", "speculate": 3,
     }  # fmt: skip
 
 

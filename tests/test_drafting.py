@@ -189,7 +189,7 @@ def test_a_budget_for_both(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     with Model.load(held.paths[0], draft=held.paths[1], ram="8GB") as model:
         assert model.draft is not None
         provider = model.draft.session.provider
-        assert getattr(provider, "in_place", False)
+        assert not getattr(provider, "bytes_a_pass", 0)
         assert given == [None, 8 * 10**9 - model.draft.full_cache_bytes]
         text, stats = ids(model, PROMPTS[0], temperature=0)
         assert len(text) > 20 and stats.accepted > 0

@@ -18,6 +18,7 @@ from pass_graphs import Step, build
 from weight_bytes import logical
 
 from onnxstream_nb.graph import Graph, Node, Value
+from onnxstream_nb.kernels import buffers
 from onnxstream_nb.kernels.buffers import PAGE, SLACK, SMALL, Arena, Usage, arena
 from onnxstream_nb.liveness import (
     Bound,
@@ -366,18 +367,19 @@ def test_sizes_that_nobody_can_tell_give_no_number() -> None:
 # -- giving back
 
 
-def test_a_budget_keeps_little_behind_a_prompt(llama: Path) -> None:
+def test_a_budget_keeps_little_behind_a_prompt(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "SPARE", 64 << 10)
     model = LanguageModel(llama, ram="2GB", context=2048, threads=1)
     arena().trim()
     before = arena().usage().live
-    model.feed([i % LLAMA.vocab for i in range(1500)])
+    model.feed([i % LLAMA.vocab for i in range(512 + 512 + 476)])
     held = arena().usage()
-    assert held.touched - before > 2_000_000
+    assert held.touched - before > 3_000_000
     for i in range(3):
         model.feed([i])
-    from onnxstream_nb.session import IDLE_BEHIND_TOKEN
-
-    assert arena().usage().touched - arena().usage().live <= IDLE_BEHIND_TOKEN
+    assert arena().usage().touched - arena().usage().live <= 100_000
     model.close()
 
 

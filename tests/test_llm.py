@@ -231,6 +231,22 @@ def test_ids_outside_the_vocabulary(
     near(model.feed(IDS[4:]), odd[1][-1])
 
 
+@pytest.mark.parametrize("past", [1, 2, 3, 5, 7])
+def test_as_many_ids_as_there_are_and_one_more(past: int, odd: tuple[Path, Array]) -> None:
+    """They are as long as a token's mask would be, and no token: tokens are replayed after them."""
+    path, wanted = odd
+    model = exact_model(path, load="mmap")
+    for i in range(past):
+        near(model.feed(IDS[i : i + 1]), wanted[i])
+    replay, end = model.session._replay, 2 * past + 1
+    near(model.logits(IDS[past:end]), wanted[past:end])
+    model.rewind(past)
+    near(model.feed(IDS[past:end]), wanted[end - 1])
+    near(model.feed(IDS[end : end + 1]), wanted[end])
+    assert model.session._replay is replay is not None
+    model.close()
+
+
 # -- stopping
 
 

@@ -400,7 +400,8 @@ def test_load_resolves_reports_and_passes_every_option(
     assert (model.name, model.path, model.context) == ("some", tmp_path, 99)
     assert seen == {
         "path": tmp_path, "load": "ram", "ram": 5, "threads": 2, "context": 99, "device": "cpu",
-        "precision": "auto", "kv_cache": "q8", "kv_spill": Path("there"), "sequences": 3,
+        "precision": "auto", "kv_cache": "q8", "kv_spill": Path("there"), "packed": None,
+        "sequences": 3,
     }  # fmt: skip
     assert ("downloading a.gguf 1.0 of 4.0 MB", 0.25) in said
     assert said[-1] == ("mapping weights", 1.0)

@@ -61,6 +61,9 @@ def same_replies(
         wanted = wanted or found
         assert found == wanted
         assert model.llm.tokens == (run.prompt_ids + run.ids)[:-1]
+        llm: Any = model.llm
+        sayable = min(more.get("max_tokens", context), context - len(run.prompt_ids) + 1)
+        assert llm.longest < len(run.prompt_ids) + sayable
         ended_in_a_run = run.stats.passes - (len(tokens) - 1 - run.stats.accepted)
         assert ended_in_a_run in (0, 1)
         assert run.stats.drafted >= run.stats.accepted

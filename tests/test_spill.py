@@ -19,7 +19,8 @@ from onnx_models import refusal
 from spilled_slots import Twins, slots_on_disk
 
 from onnxstream_nb.errors import OnnxstreamError, UsageError
-from onnxstream_nb.spill import SLICE_BYTES, SpilledPair, SpillFile, slice_positions, working_bytes
+from onnxstream_nb.spill import SLICE_BYTES, SpilledPair, slice_positions, working_bytes
+from onnxstream_nb.spill_file import SpillFile
 
 HERE = Path(__file__).parent
 
@@ -37,7 +38,7 @@ def test_a_file_has_its_room_at_once_and_no_name(tmp_path: Path) -> None:
     file.read(got, 4_997_001)
     np.testing.assert_array_equal(got, data)
     threads = threading.active_count()
-    file.begin([(file.read, got, 0)])
+    file.begin([lambda: file.read(got, 0)])
     file.settle()
     file.close()
     assert threading.active_count() == threads
@@ -80,7 +81,7 @@ def limited(script: str, **limits: int) -> subprocess.CompletedProcess[str]:
 
 def test_a_file_larger_than_the_process_may_write(tmp_path: Path) -> None:
     done = limited(
-        "from pathlib import Path\nfrom onnxstream_nb.spill import SpillFile\n"
+        "from pathlib import Path\nfrom onnxstream_nb.spill_file import SpillFile\n"
         f"SpillFile(Path({str(tmp_path)!r}), 100_000)\nprint('small', flush=True)\n"
         f"SpillFile(Path({str(tmp_path)!r}), 10_000_000)\n",
         FSIZE=1_000_000,
@@ -140,7 +141,7 @@ def test_a_file_that_ends_early(tmp_path: Path) -> None:
 
 def test_the_file_is_gone_when_the_process_is_killed(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom onnxstream_nb.spill import SpillFile\n"
+        "import time\nfrom pathlib import Path\nfrom onnxstream_nb.spill_file import SpillFile\n"
         f"file = SpillFile(Path({str(tmp_path)!r}), 20_000_000)\nprint('there', flush=True)\n"
         "time.sleep(100)\n"
     )

@@ -35,6 +35,13 @@ KV_SPILL = Option(
     text,
     "DIR",
 )
+KEEP_PACKED = Option(
+    ("--keep-packed",),
+    "keep quantised weights on disk once more, packed as they are multiplied: a large model starts"
+    " sooner then, and is streamed without packing it in every pass; deleted with rm MODEL",
+    truth,
+    default=False,
+)
 LOADING = (
     Option(
         ("--load",),
@@ -49,6 +56,7 @@ LOADING = (
     PRECISION,
     KV_CACHE,
     KV_SPILL,
+    KEEP_PACKED,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SPECULATION = (
@@ -88,7 +96,7 @@ SAMPLING = (
         number(-INFINITY, INFINITY), "P",
     ),
     Option(("--stop",), "stop before this text; may be repeated", text, "TEXT", repeat=True),
-    Option(("--seed",), "same seed, same text", whole(0), "S"),
+    Option(("--seed",), "same seed, same text; with --draft another one", whole(0), "S"),
 )  # fmt: skip
 SHOW_PROMPT = Option(
     ("--show-prompt",), "print the rendered prompt on stderr", truth, default=False
