@@ -22,13 +22,14 @@ from .passes import LOGIT_ROWS, CachePair
 from .passes.rewriting import captured
 from .session import internal
 
+FED = {"input_ids", "position_ids", LOGIT_ROWS}  # beside the past
+
 
 def can_share_passes(graph: Graph, pairs: Sequence[CachePair]) -> bool:
     """Whether a pass may hold several sequences: positions are fed, and tokens meet one another in
     Attention only, which has a causal limit instead of a mask."""
     past, present = {p.past_input for p in pairs}, {p.present_output for p in pairs}
-    fed = {v.name for v in graph.inputs} - past
-    if fed != {"input_ids", "position_ids", LOGIT_ROWS}:
+    if {v.name for v in graph.inputs} - past != FED:
         return False
     attended: set[str] = set()
     for node in graph.nodes:
@@ -81,7 +82,7 @@ class Sequences:
         self.few = int(internal("FewRows")())
         self.most = most or self.few
         self._llm, self._rows = llm, max(self.few, self.most)
-        self._types = {v.name: np.dtype(v.dtype) for v in llm.graph.inputs}
+        self._types = {v.name: np.dtype(v.dtype) for v in llm.graph.inputs if v.name in FED}
         self._last: list[Part] = []
         self._pasts: dict[str, SlotGroup] = {}
 

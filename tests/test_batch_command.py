@@ -244,6 +244,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     [
         ([], "--prompt is missing"),
         (["--batch", "f", "--prompt", "p"], "--prompt and --batch exclude each other"),
+        (["--batch", "f", "--draft", "d"], "--draft guesses for one reply"),
         (["--prompt", "p", "--batch-size", "2"], "--batch-size is for --batch FILE"),
         (["--batch", "f", "--batch-size", "0"], "--batch-size: must be at least 1"),
     ],

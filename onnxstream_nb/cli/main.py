@@ -133,6 +133,11 @@ def _check_prompts(options: Mapping[str, Any]) -> None:
             "--prompt and --batch exclude each other: drop one, also from ONNXSTREAM_PROMPT and"
             " ONNXSTREAM_BATCH"
         )
+    if batch and options["draft"] is not None:
+        raise UsageError(
+            "--draft guesses for one reply, and --batch has many in a pass: drop one, also from"
+            " ONNXSTREAM_DRAFT"
+        )
     if options["batch_size"] is not None and not batch:
         raise UsageError("--batch-size is for --batch FILE: give both")
 
