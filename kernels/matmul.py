@@ -176,9 +176,9 @@ def product(x, weight):
 
 def lower_matmul(a, b):
     """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
-    if isinstance(b, np.ndarray) or len(b.shape) != 2 or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
+    if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
         return None
-    if not is_ready(b):
+    if len(b.shape) != 2 or not is_ready(b):
         return None
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:

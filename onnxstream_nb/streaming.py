@@ -260,8 +260,8 @@ class StreamProvider:
     """Streams weights through a ring of buffers; some of their rows may be held in memory.
 
     `refs` are all weights in the order of their use. `held` says of how many stored rows of which
-    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps and
-    serves. Of `tables` only rows are looked up, and each is read when it is wanted.
+    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps
+    and serves. Of `tables` only rows are looked up, and each is read when it is wanted.
     """
 
     def __init__(

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from budget_models import (
-    BYTES, LEAST, PIECE, SLOT, WORK, least_named, runs, summed, work,
+    BYTES,
+    LEAST,
+    PIECE,
+    SLOT,
+    WORK,
+    least_named,
+    runs,
+    summed,
+    work,
 )  # fmt: skip
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +75,7 @@ def test_a_budget_holds_what_fits_beside_the_buffers(
             assert reads.alive == held  # nothing else was read into memory of its own
         spent = reserve + work(128, 600, session.chunk) + held
         buffers = MOST_PIECES if left > 8 * MOST_PIECES * SLOT else len(reads.slots)
-        assert LEAST_PIECES <= buffers and max(reads.slots) - min(reads.slots) < buffers * SLOT
+        assert buffers >= LEAST_PIECES and max(reads.slots) - min(reads.slots) < buffers * SLOT
         assert spent + buffers * SLOT <= ram
         # A step of 32 rows of the largest matrix was not to be had for the rest.
         rest = ram - spent - buffers * SLOT
@@ -142,7 +150,9 @@ def test_tied_weights_count_once(tmp_path: Path, no_base: None) -> None:
 # -- how memory is shared out
 
 
-def shared(sizes: Mapping[WeightRef, int], uses: list[WeightRef], left: int) -> dict[WeightRef, int]:
+def shared(
+    sizes: Mapping[WeightRef, int], uses: list[WeightRef], left: int
+) -> dict[WeightRef, int]:
     """Rows that are held of each."""
     plan: Any = SimpleNamespace(weights=uses)
     held = _shares(plan, sizes, left)

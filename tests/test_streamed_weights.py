@@ -93,9 +93,7 @@ def table(encoding: str, tmp_path: Path) -> tuple[WeightRef, Array]:
 
 
 @pytest.mark.parametrize("encoding", ["float16 itself", "int64", "uint8", *PLAIN, *BLOCKED])
-def test_rows_of_a_table(
-    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_of_a_table(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ref, dense = table(encoding, tmp_path)
     graph = graph_of([Node("Gather", ("t", "x"), ("y",))], [ref], "int64")
     reads = Reads(monkeypatch)
@@ -151,7 +149,9 @@ def test_a_table_that_is_multiplied_too(tmp_path: Path) -> None:
         ([rows, head], Node("MatMul", ("e", "h"), ("y",)), dense.T[ids] @ dense),
         ([rows], Node("MatMul", ("e", "u"), ("y",)), dense.T[ids] @ dense.T[:64]),
     ):  # fmt: skip
-        start, stop, axis = (array_ref(n, np.array([v])) for n, v in (("i", 0), ("j", 64), ("k", 0)))
+        start, stop, axis = (
+            array_ref(n, np.array([v])) for n, v in (("i", 0), ("j", 64), ("k", 0))
+        )
         nodes = [Node("Gather", ("t", "x"), ("e",)), node]
         if len(refs) == 1:
             nodes.insert(1, Node("Slice", ("t", "i", "j", "k"), ("u",)))

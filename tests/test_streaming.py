@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 from weight_files import (
-    WAIT, Provider, Reads, closing, cut, expected, matrices, pieces_of, taken, tiled, until,
+    WAIT,
+    Provider,
+    Reads,
+    closing,
+    cut,
+    expected,
+    matrices,
+    pieces_of,
+    taken,
+    tiled,
+    until,
 )  # fmt: skip
 
 from onnxstream_nb import streaming

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 from weight_files import (
-    WAIT, Reads, closing, cut, expected, matrices, pieces_of, taken, tiled, until,
+    WAIT,
+    Reads,
+    closing,
+    cut,
+    expected,
+    matrices,
+    pieces_of,
+    taken,
+    tiled,
+    until,
 )  # fmt: skip
 
 from onnxstream_nb.errors import ModelError

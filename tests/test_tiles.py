@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_oracles import (
-    BLOCKED, ORDERS, PLAIN, Array, assert_product, normal, random_weight,
+    BLOCKED,
+    ORDERS,
+    PLAIN,
+    Array,
+    assert_product,
+    normal,
+    random_weight,
 )  # fmt: skip
 from panel_oracles import packed_weight
 from tiled_weights import Tiled
