@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
+from .buffers import computed
 from .dtypes import numeric
 from .lowered import plain
 from .mapping import LARGE, SMALL, lower_unary, map_unary, unary_rows
@@ -35,7 +36,7 @@ def mapped(kernel, function, much):
         """x (...) -> (...)."""
         if x.dtype == np.float32 and x.size >= much:
             return map_unary(kernel, x)
-        return function(x)
+        return computed(function, x)
 
     return run
 
@@ -54,7 +55,7 @@ for _name, _kernel, _function, _much in (
 def _single(function):
     def run(x):
         """x (...) -> (...)."""
-        return function(x)
+        return computed(function, x)
 
     return run
 
@@ -72,10 +73,15 @@ for _name, _since, _function in (
     op(_name, since=_since)(numeric(_single(_function)))
 
 for _name, _since, _function in (
-    ("BitwiseNot", 18, np.invert), ("Identity", 1, lambda x: x), ("IsNaN", 9, np.isnan),
-    ("Not", 1, np.logical_not),
+    ("BitwiseNot", 18, np.invert), ("IsNaN", 9, np.isnan), ("Not", 1, np.logical_not),
 ):  # fmt: skip
     op(_name, since=_since)(_single(_function))
+
+
+@op("Identity", since=1, view=True)
+def identity(x):
+    """x (...) -> x itself."""
+    return x
 
 
 @op("Erf", since=9, uses=("erf_f32",), lower=lower_unary(erf_f32))

@@ -5,7 +5,7 @@ Dims: any shape (...); R rows of C columns, over which an operand may be broadca
 
 import numpy as np
 
-from .buffers import empty
+from .buffers import contiguous, empty
 from .jit import float_bits
 from .lowered import Rows, plain
 from .simd import JIT
@@ -33,7 +33,7 @@ def evaluate(rows):
 
 def unary_rows(kernel, x, parameter=0.0, dtype=np.float32):
     """The call that computes x (any shape) -> the same shape, contiguous."""
-    x = np.ascontiguousarray(x).reshape(x.shape)
+    x = contiguous(x)
     out = empty(x.shape, dtype)
     call = (kernel, x.ctypes.data, out.ctypes.data, x.size, float_bits(parameter))
     return Rows((out,), [call], serial=x.size < SMALL, keep=(x,))

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
-from .buffers import empty
+from .buffers import contiguous, empty
 from .dtypes import numeric
 from .jit import arg, jit, kernel, share
 from .lowered import Rows, plain
@@ -102,7 +102,7 @@ def along_rows(kernel, function):
     def run(x):
         if kernel is None or x.dtype != np.float32 or x.size < SMALL:
             return function(x).astype(x.dtype, copy=False)
-        return evaluate(row_call(kernel, np.ascontiguousarray(x)))
+        return evaluate(row_call(kernel, contiguous(x)))
 
     return run
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import Interrupted
+from .graph import WeightRef
 from .plan import Form, Plan, Step
 
 TABLE_BYTES = 400_000_000  # of weights a table reads: no longer than it takes to notice a stop
@@ -61,8 +62,9 @@ class Replay:
     """A plan recorded while it ran for one token.
 
     Recording is a run of its own: its results are in `values`. `run` is for the next tokens: what
-    tables read keeps its shape, the cache stays where it is, and so do the weights. `previous` are
-    the values of an earlier recording: what had another shape then is no table's business.
+    tables read keeps its shape, and lasting weights stay where they are, as a cache does; a step
+    with others runs from Python. `previous` are the values of an earlier recording: what had
+    another shape then is no table's business.
     """
 
     def __init__(
@@ -71,12 +73,14 @@ class Replay:
         values: dict[str, Any],
         argument: Argument,
         make_table: Callable[[Iterable[Any]], Any],
+        is_lasting: Callable[[WeightRef], bool],
         stop: threading.Event | None = None,
         previous: Mapping[str, Any] | None = None,
     ) -> None:
         self.values = values
         self._previous = previous or {}
         self._argument = argument
+        self._is_lasting = is_lasting
         self._feeds = {v.name: values[v.name] for v in plan.graph.inputs}
         self._slots = [f for f in self._feeds.values() if _is_slot(f)]
         self._base = [slot.length for slot in self._slots]
@@ -84,7 +88,6 @@ class Replay:
         entries = [self._record(plan, step, stop) for step in plan.steps]
         self._fixed = _read_by_tables(entries, plan)
         self._parts = list(self._make_parts(entries, plan, make_table))
-        self._capacities = [slot.capacity for slot in self._slots]
 
     def _record(self, plan: Plan, step: Step, stop: threading.Event | None) -> _Entry:
         """Run one step, lowered where that is possible."""
@@ -92,8 +95,8 @@ class Replay:
             raise Interrupted("the run was stopped")
         arguments = [self._argument(self.values, name, form) for name, form in step.inputs]
         self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
-        rows = None
-        if step.operator.lower and not any(self._varies(name) for name, _ in step.inputs):
+        rows, still = None, not any(self._varies(name) for name, _ in step.inputs)
+        if step.operator.lower and still and all(map(self._is_lasting, step.weights)):
             rows = step.operator.lower(*arguments, **step.attributes)
         if rows is None:
             results = step.call(arguments)
@@ -148,7 +151,7 @@ class Replay:
         return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
     def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
-        """Whether these feeds have the shapes that tables read and the cache its recorded place.
+        """Whether these feeds have the shapes that tables read, and the cache has room.
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
@@ -163,11 +166,7 @@ class Replay:
             elif name in self._fixed and not _same_kind(known, feeds[name]):
                 return False
         moved = {slot.length - base for slot, base in zip(self._slots, self._base, strict=True)}
-        room = all(
-            slot.capacity == capacity and slot.length < capacity
-            for slot, capacity in zip(self._slots, self._capacities, strict=True)
-        )
-        return room and len(moved) <= 1
+        return len(moved) <= 1 and all(slot.length < slot.capacity for slot in self._slots)
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""

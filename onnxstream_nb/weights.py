@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,14 +20,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from .errors import ModelError
-from .files import Files, truncated
+from .files import Files, aligned, truncated
 from .graph import WeightRef
+from .lookup import fetch_all
 from .weight import Weight, encoded_bytes, numpy_dtype
 
 __all__ = [
     "DiskProvider", "MmapProvider", "RamProvider", "Weight", "WeightsProvider", "encoded_bytes",
     "numpy_dtype",
 ]  # fmt: skip
+
+
+ALIGNMENT = 64  # of a weight in memory
+READ = 16 << 20  # bytes that a thread reads at a time
+READERS = 4
 
 
 class WeightsProvider(Protocol):
@@ -66,7 +74,9 @@ class DiskProvider:
 
     def __init__(self) -> None:
         self._files = Files()
+        self._lock = threading.Lock()
         self.bytes_read = 0
+        self.stop_on: threading.Event | None = None  # looking up rows may be given up
 
     def get(self, ref: WeightRef) -> Weight:
         return Weight(ref, self.read(ref, 0, ref.nbytes))
@@ -80,17 +90,34 @@ class DiskProvider:
         self.bytes_read += stop - start
         return self._files.read(ref, start, stop)
 
+    def read_into(self, ref: WeightRef, start: int, place: np.ndarray[Any, Any]) -> None:
+        """Bytes of a reference from `start` on into `place` (n,) uint8; several threads may."""
+        self._files.fill(ref, place, start)
+        with self._lock:
+            self.bytes_read += place.nbytes
+
     def table(self, ref: WeightRef) -> Weight:
         """A weight that stays in its file: only the rows that are looked up are read."""
         return Weight(ref, np.empty(0, np.uint8), partial(self._rows, ref))
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        rows = [self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)]
-        return np.stack(rows) if rows else np.empty((0, each), np.uint8)
+        wanted = [int(i) for i in ids]
+        unique = list(dict.fromkeys(wanted))
+
+        def row(i: int) -> np.ndarray[Any, Any]:
+            return self.read(ref, each * i, each * (i + 1))
+
+        if self.stop_on is None:
+            rows = [row(i) for i in unique]
+        else:
+            rows = fetch_all(row, unique, self.stop_on)
+        found = dict(zip(unique, rows, strict=True))
+        return np.stack([found[i] for i in wanted]) if wanted else np.empty((0, each), np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: every read waits for its turn."""
+        """Nothing to read: every read waits for its turn. Files that changed are opened anew."""
+        self._files.forget_changed()
 
     def release(self, ref: WeightRef) -> None:
         """Nothing is kept."""
@@ -102,8 +129,6 @@ class DiskProvider:
 class MmapProvider:
     """Maps the files; the page cache decides what stays in memory."""
 
-    in_place = True  # a weight stays where it is from one `get` to the next
-
     def __init__(self) -> None:
         self._files = Files()
         self._maps: dict[Path, np.ndarray[Any, Any]] = {}
@@ -112,7 +137,7 @@ class MmapProvider:
         if ref.parts:
             return Weight(ref, joined(ref, lambda part: self.get(part).buffer))
         if isinstance(ref.source, bytes):
-            return Weight(ref, in_memory(ref))
+            return Weight(ref, in_memory(ref), lasting=True)
         # Reading a mapped page behind the end of a file kills the process: look before, every time.
         end, size = ref.offset + ref.nbytes, os.fstat(self._files.descriptor(ref.source)).st_size
         if end > size:
@@ -122,7 +147,7 @@ class MmapProvider:
         whole = self._maps.get(ref.source)
         if whole is None or end > whole.nbytes:
             whole = self._maps[ref.source] = self._map(ref.source)
-        return Weight(ref, whole[ref.offset : end])
+        return Weight(ref, whole[ref.offset : end], lasting=True)
 
     def _map(self, path: Path) -> np.ndarray[Any, Any]:
         try:
@@ -146,13 +171,45 @@ class MmapProvider:
 
 
 class RamProvider:
-    """Reads each weight once and keeps it; tied weights are kept once."""
+    """Reads each weight once and keeps it; tied weights are kept once.
 
-    in_place = True  # a weight stays where it is from one `get` to the next
+    `refs` are read now, by several threads, into one stretch of memory in large pages; what is
+    asked for beside them is read then. Of `tables` only rows are looked up: those that are not
+    kept for another use stay in their files.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        refs: Iterable[WeightRef] = (),
+        progress: Callable[[str, float | None], None] | None = None,
+        *,
+        tables: Iterable[WeightRef] = (),
+    ) -> None:
         self._disk = DiskProvider()
+        self._tables = {ref.matrix for ref in tables}
         self._kept: dict[tuple[object, ...], np.ndarray[Any, Any]] = {}
+        found = {ref.key: ref for ref in refs if isinstance(ref.source, Path) and not ref.parts}
+        if found:
+            self._read(found, progress)
+
+    def _read(
+        self,
+        refs: Mapping[tuple[object, ...], WeightRef],
+        progress: Callable[[str, float | None], None] | None,
+    ) -> None:
+        total, done = sum(-(-ref.nbytes // ALIGNMENT) * ALIGNMENT for ref in refs.values()), 0
+        memory, jobs = aligned(total), []
+        for key, ref in refs.items():
+            self._kept[key] = place = memory[done : done + ref.nbytes]
+            jobs += [(ref, at, place[at : at + READ]) for at in range(0, ref.nbytes, READ)]
+            done += -(-ref.nbytes // ALIGNMENT) * ALIGNMENT
+        pool = ThreadPoolExecutor(READERS)
+        try:
+            for i, _ in enumerate(pool.map(lambda job: self._disk.read_into(*job), jobs)):
+                if progress is not None:
+                    progress("reading weights", i / len(jobs))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @property
     def bytes_read(self) -> int:
@@ -160,12 +217,14 @@ class RamProvider:
 
     def get(self, ref: WeightRef) -> Weight:
         buffer = self._kept.get(ref.key)
+        if buffer is None and ref.matrix in self._tables:
+            return self._disk.table(ref)
         if buffer is None:
             buffer = self._kept[ref.key] = self._disk.get(ref).buffer
-        return Weight(ref, buffer)
+        return Weight(ref, buffer, lasting=True)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: after the first run all is here."""
+        """Nothing: after the first run all is here, if it was not before."""
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: all is kept."""

@@ -17,7 +17,11 @@ LEAVES = {"errors", "graph", "device", "progress"}
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
-    "packing": "session", "streaming": "weights", "files": "weights",
+    "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
+    "spill": "kvcache", "spill_file": "kvcache",
+    "liveness": "session", "shapes": "session", "lookup": "weights",
+    "speculation": "model", "drafting": "model",
+    "packed_weights": "session",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 
@@ -25,9 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     PACKAGE: {"model", "session"},
     "cli": {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
-        "registry", "trace", "passes", "kvcache", PACKAGE,
+        "registry", "trace", "passes", "kvcache", "packed_file", PACKAGE,
     },
-    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", PACKAGE},
+    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", "packed_file", PACKAGE},
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),
     "model": {"hub", "llm", "tokenizer", "sampling"},
@@ -35,9 +39,10 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"session", "kvcache", "passes", "sampling"},
     "sampling": set(),
     "tokenizer": {"formats"},
-    "session": {"formats", "passes", "weights", "kvcache", "registry", "trace"},
+    "session": {"formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace"},
     "kvcache": {"passes", "weights"},
     "weights": set(),
+    "packed_file": {"weights"},
     "formats": set(),
     "passes": set(),
     "trace": set(),

@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
+    from ..progress import ReplyProgress
 
 SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -38,18 +39,22 @@ def generate(options: Mapping[str, Any]) -> int:
             if options["json"]:
                 print(json.dumps(generation_report(list(run), run), ensure_ascii=False))
             else:
-                stream(run)
+                stream(run, run.progress)
         return 130 if run.stats.stop_reason == "interrupted" else 0
 
 
-def stream(run: Iterable[Token]) -> None:
-    """Print each token's text as it comes; a terminal gets no control characters of the model."""
+def stream(run: Iterable[Token], progress: Callable[[], ReplyProgress]) -> None:
+    """Print each token's text as it comes; a terminal gets no control characters of the model.
+
+    When a token takes long, `progress` tells what it waits for, which is shown on stderr.
+    """
+    from ..ui import Terminal
     from ..ui.text import clean
 
     on_terminal = sys.stdout.isatty()
-    for token in run:
-        sys.stdout.write(clean(token.text) if on_terminal else token.text)
-        sys.stdout.flush()
+    with Terminal().streamed(progress) as write:
+        for token in run:
+            write(clean(token.text) if on_terminal else token.text)
     print()
 
 
@@ -61,10 +66,14 @@ def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any
         "tokens": [token.id for token in tokens],
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "prefill_tps": round(stats.prefill_tps, 3),
         "decode_tps": round(stats.decode_tps, 3),
         "ttft_s": round(stats.ttft_s, 4),
         "load_s": round(stats.load_s, 4),
+        "bytes_read": stats.bytes_read,
         "peak_rss_mb": round(stats.peak_rss_mb, 1),
         "stop_reason": stats.stop_reason,
     }
@@ -93,9 +102,15 @@ def load_model(options: Mapping[str, Any]) -> Model:
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say how weights are held, as Model.load takes them."""
-    names = ("load", "ram", "threads", "context", "precision", "kv_cache")
-    return {name: options[name] for name in names}
+    """The options that say how a model is held and helped, as Model.load takes them."""
+    from .. import hub
+
+    names = (
+        "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
+        "speculate",
+    )  # fmt: skip
+    packed = hub.packed_dir() if options["keep_packed"] else None
+    return {name: options[name] for name in names} | {"packed": packed}
 
 
 @contextmanager
@@ -185,9 +200,11 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 def remove(options: Mapping[str, Any]) -> int:
-    """Delete a downloaded model after a question, or without one after --yes."""
+    """Delete a downloaded model, and what is kept of it packed, after a question, or without one
+    after --yes."""
     from .. import hub
     from ..device import format_size
+    from ..packed_file import remove_orphans
 
     name = options["model"]
     found = next((m for m in hub.installed() if m.name == name), None)
@@ -200,5 +217,6 @@ def remove(options: Mapping[str, Any]) -> int:
         if answer.strip().lower() not in ("y", "yes"):
             print("kept")
             return 1
-    print(f"freed {format_size(hub.remove(name))}")
+    freed = hub.remove(name) + remove_orphans(hub.packed_dir())
+    print(f"freed {format_size(freed)}")
     return 0
