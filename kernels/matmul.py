@@ -178,7 +178,7 @@ def lower_matmul(a, b):
     """Rows a (..., M, K), contiguous float32, times an encoded weight (K, N)."""
     if isinstance(b, np.ndarray) or len(b.shape) != 2 or not plain(a) or b.encoding == "uint8":
         return None
-    if not is_ready(b):
+    if len(b.shape) != 2 or not is_ready(b):
         return None
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:

@@ -81,8 +81,7 @@ class Files:
                     file = _File(path, direct)
                 except OSError as error:
                     raise ModelError(
-                        f"{path}: cannot open the weight file: {error.strerror or error}; put it "
-                        "back, or fetch it again"
+                        f"{path}: cannot open the weight file: {_reason(error)}"
                     ) from error
                 known = self._known.get(path, b"")
                 if not file.head.startswith(known) and not known.startswith(file.head):
@@ -139,8 +138,7 @@ class Files:
             except OSError as error:
                 self.forget(ref.source)
                 raise ModelError(
-                    f"{ref.source}: reading {ref.name} failed: {error.strerror or error}; look "
-                    "after the disk, then try again"
+                    f"{ref.source}: reading {ref.name} failed: {_reason(error)}"
                 ) from error
             arrived = done + count
             if direct and arrived < needed:
@@ -175,6 +173,16 @@ def _opened(path: Path, flags: int) -> tuple[int, bytes]:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, and the remedy."""
+    remedy = "look after the disk, then try again"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        remedy = "put it back, or fetch it again"
+    if isinstance(error, PermissionError):
+        remedy = "make it readable"
+    return f"{error.strerror or error}; {remedy}"
 
 
 def truncated(ref: WeightRef) -> ModelError:

@@ -87,8 +87,10 @@ class DiskProvider:
             return joined(ref, lambda part: self.read(part, 0, part.nbytes))[start:stop]
         if isinstance(ref.source, bytes):
             return in_memory(ref)[start:stop]
-        self.bytes_read += stop - start
-        return self._files.read(ref, start, stop)
+        found = self._files.read(ref, start, stop)
+        with self._lock:
+            self.bytes_read += stop - start
+        return found
 
     def read_into(self, ref: WeightRef, start: int, place: np.ndarray[Any, Any]) -> None:
         """Bytes of a reference from `start` on into `place` (n,) uint8; several threads may."""
