@@ -227,14 +227,17 @@ def contiguous(x, dtype=None):
     dtype = x.dtype if dtype is None else np.dtype(dtype)
     if x.flags.c_contiguous and x.dtype == dtype:
         return x
-    out = np.empty(x.shape, dtype) if dtype.hasobject else empty(x.shape, dtype)
+    if x.size * dtype.itemsize < SMALL or dtype.hasobject:
+        return x.astype(dtype, order="C")
+    out = empty(x.shape, dtype)
     np.copyto(out, x, casting="unsafe")
     return out
 
 
 def computed(function, *operands):
-    """A function of arrays; the result is in the arena when it is large and that of a ufunc."""
-    if not isinstance(function, np.ufunc) or max(o.size for o in operands) < SMALL // 8:
+    """A function of one or two arrays; the result is in the arena when it is large and that of a
+    ufunc."""
+    if operands[0].size + operands[-1].size < SMALL // 8 or not isinstance(function, np.ufunc):
         return function(*operands)
     dtype = function.resolve_dtypes((*(o.dtype for o in operands), None))[-1]
     if dtype.hasobject:

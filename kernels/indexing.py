@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .buffers import empty
+from .buffers import SMALL, empty
 from .shape import ints
 from .weight import USES, decode, decode_rows, is_plain
 
@@ -34,7 +34,7 @@ def gather(data, indices, *, axis=0):
         if rows and data.read_rows is not None:
             return data.read_rows(flat).view(data.dtype).reshape(*wanted.shape, data.shape[1])
         data = decode(data)
-    if data.dtype.hasobject:
+    if data.dtype.hasobject or wanted.size * data.nbytes < SMALL * max(1, data.shape[axis]):
         return np.asarray(np.take(data, wanted, axis))
     out = empty((*data.shape[:axis], *wanted.shape, *data.shape[axis + 1 :]), data.dtype)
     return np.take(data, wanted, axis, out=out, mode="clip")  # without, NumPy makes a copy
