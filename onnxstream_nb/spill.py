@@ -105,7 +105,6 @@ class SpilledPair:
         positions = -(-(inside + tokens) // BLOCK) * BLOCK
         pair = self._windows("tail", self.keys.heads, positions)
         for slot, window in zip(self._slots, pair, strict=True):
-            window.memory[:] = 0
             for head in range(slot.heads if inside else 0):
                 slot.load(window, (head, head, first, first + BLOCK))
             window.length = inside

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,18 @@ def test_a_slot_takes_memory_as_it_fills() -> None:
     put(slot, np.ones((1, 4, 320, 128), np.float16))
     assert slot.nbytes == 4 * 320 * 256
     assert slot.nbytes - 4096 <= current_rss() - before < slot.nbytes + 4_000_000
+
+
+def test_a_slot_takes_small_pages() -> None:
+    """Of which each head's beginning would else be a large one."""
+    slot, found = KVSlot("key", 4, 128), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(match[1], 16) <= slot.address < int(match[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            assert " nh" in line
+            return
+    pytest.skip("the system does not say")
 
 
 def test_address_space_that_the_system_refuses() -> None:

@@ -105,8 +105,10 @@ def failing(call: Callable[..., Any], after: int) -> Callable[..., Any]:
     return fail
 
 
-@pytest.mark.parametrize("after", [0, 3, 10])
-@pytest.mark.parametrize("name", ["preadv", "pwrite"])
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [("preadv", n) for n in (0, 3, 11, 12, 13, 20)] + [("pwrite", n) for n in (0, 3, 11)],
+)  # of the first twelve reads the block that is written to is made, the others read slices
 @pytest.mark.parametrize("queries", [1, 50])
 def test_a_disk_that_fails_half_way(
     queries: int, name: str, after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +131,34 @@ def test_a_disk_that_fails_half_way(
     twins.step(queries)
     twins.step(1)
     twins.assert_same_contents()
+
+
+def test_readers_wait_for_a_run_that_was_given_up(tmp_path: Path) -> None:
+    file, done = SpillFile(tmp_path, 1000), list[str]()
+    held = threading.Event()
+
+    def slow() -> None:
+        held.wait(20)
+        done.append("slow")
+
+    file.begin([slow])
+    threading.Timer(0.2, held.set).start()
+    file.begin([lambda: done.append("next")])
+    file.settle()
+    assert done == ["slow", "next"]
+    file.close()
+
+
+def test_windows_lie_in_the_memory_that_is_kept(tmp_path: Path) -> None:
+    keys, values = slots_on_disk(tmp_path, 2, (16, 16), positions=5000)
+    pair = keys.with_values(values)
+    before = pair.tail(1)
+    assert [w.address for w in pair.tail(1)] == [w.address for w in before]
+    wider = pair.tail(3000)
+    memory = keys.file.memory("tail", sum(window.room_bytes for window in wider))
+    for window in (*wider, *pair.tail(1), *pair.tail(40)):
+        assert np.shares_memory(window.memory, memory)
+    keys.file.close()
 
 
 def test_a_file_that_ends_early(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from onnxstream_nb.formats import load
 from onnxstream_nb.kvcache import KVCache, bytes_at, bytes_resident
 from onnxstream_nb.kvslot import KVSlot
 from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.loading import Holding, choose_reserve
 from onnxstream_nb.spill import SpilledSlot
 
 WIDE = Tiny(vocab=67, heads=6, kv_heads=3, head_dim=16, layers=4, context=30_000)
@@ -70,6 +71,11 @@ def tight(path: Path) -> int:
     """A budget with which all layers' keys and values but none of the weights must be on disk."""
     whole, *_, least = sizes(path)
     return least_ram(path, threads=1) - whole + least + 3_000_000
+
+
+def descriptors() -> list[str]:
+    """Those that are open; the one that lists them is not any more."""
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
 
 
 def replies(model: LanguageModel) -> list[Array]:
@@ -146,12 +152,12 @@ def test_a_full_disk_is_told_at_the_start(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     message = refusal(
         lambda: exact_model(path, ram=tight, threads=1, kv_spill=tmp_path), UsageError
     )
     assert "No space left" in message and str(tmp_path) in message and "--kv-spill" in message
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
 
 
 @pytest.mark.parametrize("name", ["preadv", "pwrite"])
@@ -199,15 +205,38 @@ def test_an_interrupt_leaves_the_conversation_as_it_was(
 
 
 def test_closing_gives_the_disk_back(path: Path, tight: int, tmp_path: Path) -> None:
-    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    threads = set(threading.enumerate())
     model = exact_model(path, ram=tight, threads=1, kv_spill=tmp_path)
     model.feed(IDS[:300])
     model.feed([1])
     model.close()
     assert model.spilled_bytes == model.cache_bytes == 0
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert set(threading.enumerate()) <= threads
+    open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in descriptors()]
+    assert not any(str(tmp_path) in file for file in open_files)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("chunks", "wanted"),
+    [
+        ({9: 512, 5: 512, 2: 512}, 9),
+        ({9: 32, 5: 512, 2: 512}, 9),  # shorter passes, but not too short
+        ({9: 16, 5: 512, 2: 512}, 5),
+        ({5: 256, 2: 512}, 2),
+        ({5: 512, 2: 512}, 5),
+        ({2: 8}, 2),
+    ],
+)
+def test_which_of_several_reserves(chunks: dict[int, int], wanted: int) -> None:
+    def choice(reserve: int) -> Holding:
+        if reserve not in chunks:
+            raise MemoryBudgetError(f"not {reserve}")
+        return Holding("stream", chunks[reserve])
+
+    assert choose_reserve(choice, [9, 5, 2]) == (Holding("stream", chunks[wanted]), wanted)
+    with pytest.raises(MemoryBudgetError, match="not 1"):
+        choose_reserve(choice, [10, 4, 1])
 
 
 # -- the cache itself
@@ -258,6 +287,7 @@ from pathlib import Path
 from onnxstream_nb import device
 from onnxstream_nb.errors import MemoryBudgetError
 from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.loading import Holding, choose_reserve
 
 path, folder = sys.argv[1:]
 options = {"kv_spill": folder, "threads": 2}
