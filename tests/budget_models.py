@@ -55,6 +55,13 @@ def runs(session: Session, path: Path, times: int = 2) -> None:
         np.testing.assert_allclose(session.run({"x": x})["y"], wanted, rtol=0, atol=1e-4)
 
 
+def lasting_bytes(session: Session) -> int:
+    """Bytes of the weights that stay in memory while the session is open, each once."""
+    weights = {ref.matrix: session.provider.get(ref) for ref in session.plan.weights}
+    tiles = [tile for weight in weights.values() for tile in weight.tiles()]
+    return sum(tile.buffer.nbytes for tile in tiles if tile.lasting)
+
+
 def least_named(call: Callable[[], Any]) -> int:
     """The budget that an error says would do."""
     message = refusal(call, MemoryBudgetError)

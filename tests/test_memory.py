@@ -30,7 +30,7 @@ model = LanguageModel(path, ram=ram)
 model.feed([(7 * i) % 8000 for i in range(512)])
 for i in range(30):
     model.feed([i])
-print(model.session.provider.in_place, device.peak_rss(), ram)
+print(model.session.provider.bytes_a_pass == 0, device.peak_rss(), ram)
 """
 
 CHAIN = r"""
@@ -97,8 +97,8 @@ def test_a_chat_stays_within_its_budget(tmp_path: Path) -> None:
     write_gguf(path, tiny, "F16")
     process(CHAT, path, 10)
     for factor, held in ((1, "False"), (1.15, "False"), (2, "True")):
-        in_place, peak, ram = process(CHAT, path, factor)
-        assert in_place == held
+        all_held, peak, ram = process(CHAT, path, factor)
+        assert all_held == held
         assert int(peak) <= int(ram)
 
 

@@ -106,9 +106,10 @@ def test_a_budget_that_holds_all_packs_all(tmp_path: Path) -> None:
         wanted = session.run(feeds(IDS))["logits"]
     with exact(model.graph, load="ram", ram=10**11) as session:
         provider: Any = session.provider
-        assert type(provider) is StreamProvider and provider.in_place
+        assert type(provider) is StreamProvider and provider.bytes_a_pass == 0
         assert np.array_equal(session.run(feeds(IDS))["logits"], wanted)
-        assert provider.get(model.graph.initializers["a"]).order == "panels"
+        a = provider.get(model.graph.initializers["a"])
+        assert a.order == "panels" and a.lasting
 
 
 @pytest.mark.parametrize("encoding", BLOCKED)
