@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
         "registry", "trace", "passes", "kvcache", PACKAGE,
     },
-    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", PACKAGE},
+    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", "weights", PACKAGE},
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),
     "model": {"hub", "llm", "tokenizer", "sampling"},
