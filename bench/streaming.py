@@ -12,7 +12,8 @@ are those of the other process, to the last bit, its prompt read in passes as lo
 
 A model that is not on this disk and whose weights take more than 4 GB (`mistral-7b:f16`) is written
 to a file of random weights that is deleted in the end. `--cold` gives each budget's process an
-empty folder for compiled kernels. Direct reads pass the page cache by. Guesses: bench/speculation.py.
+empty folder for compiled kernels. Direct reads pass the page cache by. bench/speculation.py has the
+guesses.
 """
 
 from __future__ import annotations
