@@ -2,7 +2,7 @@
 
 Dims: a matrix (K, N), stored by rows (N, K) or by columns (K, N) as MatMul's factor is exported; B
 scales along K. A piece of a part is `count` of its stored rows, from row `first` on, which is a
-multiple of PIECE.
+multiple of PIECE; rows `start` to `stop` of the N, whole panels of them, are packed at a time.
 """
 
 import ctypes
@@ -130,35 +130,35 @@ def pack_affine4_rows(args, thread, threads):
 @kernel
 def pack_affine8_columns(args, thread, threads):
     """Bytes (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
-    unit, N, its first group, its groups."""
+    unit, N, its first group, its groups, the first of its columns to pack, how many."""
     source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
-    first, groups = arg(args, 7), arg(args, 8)
-    start, stop = share(n, 16, thread, threads)
+    first, groups, column = arg(args, 7), arg(args, 8), arg(args, 9)
+    start, stop = share(arg(args, 10), 16, thread, threads)
     for i in range(start, stop, 16):
         panel = panels + step * (i >> 4)
         for g in range(groups):
             out = place(panel, first + g, shift, unit_bytes, 512)
-            column_group8(source, 32 * g, n, i, min(16, stop - i), flip, out)
+            column_group8(source, 32 * g, n, column + i, min(16, stop - i), flip, out)
 
 
 @kernel
 def pack_affine4_columns(args, thread, threads):
     """Nibbles (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
-    unit, N, its first group, its groups."""
+    unit, N, its first group, its groups, the first of its columns to pack, how many."""
     source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
-    first, groups = arg(args, 7), arg(args, 8)
-    start, stop = share(n, 16, thread, threads)
+    first, groups, column = arg(args, 7), arg(args, 8), arg(args, 9)
+    start, stop = share(arg(args, 10), 16, thread, threads)
     for i in range(start, stop, 16):
         panel = panels + step * (i >> 4)
         for g in range(groups):
             out = place(panel, first + g, shift, unit_bytes, 256)
-            column_group4(source, 32 * g, n, i, min(16, stop - i), flip, out)
+            column_group4(source, 32 * g, n, column + i, min(16, stop - i), flip, out)
 
 
-def pack_integers(ref, piece, out, first, count):
-    """A piece of the integers, flat bytes -> the panels at address `out`."""
+def pack_integers(ref, piece, out, first, count, start, stop):
+    """A piece of the integers, flat bytes -> the panels of rows `start` to `stop` at `out`."""
     cut, (k, n), part = geometry(ref), ref.shape, ref.parts[0]
     flip, where = LEAST[part.dtype], piece.ctypes.data
     bits = 4 if ref.encoding == "affine4" else 8
@@ -168,22 +168,25 @@ def pack_integers(ref, piece, out, first, count):
     kernel = kernels()[f"pack_{ref.encoding}_{order}"]
     if part.transposed:
         stride = part.shape[0] * bits // 8
-        panels = (flip, out + cut.nbytes * (first // 16), *head[2:])
+        panels = (flip, out + cut.nbytes * ((first - start) // 16), *head[2:])
         team().run([(kernel, where, stride, *panels, count, k // 32)])
     else:
         groups = (min(first + count, k) - first) // 32
-        team().run([(kernel, where, *head, n, first // 32, groups)])
+        team().run([(kernel, where, *head, n, first // 32, groups, start, stop - start)])
 
 
-def pack_values(ref, index, piece, out, first):
-    """A piece of the scales or the zero points, as stored (rows, ...) -> the panels at `out`.
+def pack_values(ref, index, piece, out, first, start, stop):
+    """A piece of the scales or the zero points, as stored (rows, ...) -> the panels of rows `start`
+    to `stop` at `out`.
 
     What is one for all rows or all blocks is written for each of them.
     """
-    cut, n, part = geometry(ref), ref.shape[1], ref.parts[index]
+    cut, n, part = geometry(ref), stop - start, ref.parts[index]
     values = piece.T if part.transposed else piece
-    at, above = (0, first) if part.transposed else (first, 0)
+    at, above = (0, max(0, first - start)) if part.transposed else (first, 0)
     values = values[: cut.units - at]
+    if not part.transposed and part.shape[1] > 1:
+        values = values[:, start:stop]
     units = cut.units if part.shape[0] == 1 else len(values)
     columns = n if part.shape[1] == 1 else values.shape[1]
     panels = -(-columns // 16)
@@ -200,10 +203,10 @@ def pack_values(ref, index, piece, out, first):
     ).transpose(1, 0, 2)
 
 
-def pack_heads(ref, out):
+def pack_heads(ref, out, panels):
     """The geometry into every panel, and the zero points of integers that have none of their own:
     signed ones are above -8 or -128."""
-    cut, panels = geometry(ref), -(-ref.shape[1] // 16)
+    cut = geometry(ref)
     head = view(out, np.int32, panels, cut, 0, 64)[:, 0]
     head[:, :3] = cut.shift, cut.unit_bytes, cut.zeros
     view(out, np.uint8, panels, cut, cut.zeros, 16)[:] = LEAST[ref.parts[0].dtype]

@@ -88,23 +88,17 @@ def lower_attention(
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
     n_outputs=1,
 ):  # fmt: skip
-    """One token, 3-D inputs, and a cache that has slots in memory."""
-    slots = past_key is not None and not isinstance(past_key, np.ndarray)
-    if (
-        not slots
-        or past_key.on_disk
-        or attn_mask is not None
-        or q.ndim != 3
-        or q.shape[:2] != (1, 1)
-    ):
+    """The next token of each sequence, 3-D inputs, and a cache that has slots in memory."""
+    tokens = getattr(past_key, "tokens", 0)
+    if not tokens or past_key.on_disk or attn_mask is not None or q.ndim != 3:
         return None
-    if n_outputs > 3 or k.shape[1] != 1 or not plain(q, k, v):
+    if n_outputs > 3 or not q.shape[1] == k.shape[1] == tokens or not plain(q, k, v):
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
     rows = cached_rows(*heads, past_key, past_value, None, scale, softcap, is_causal)
-    y = rows.outputs[0].reshape(1, 1, -1)
-    presents = [slot.advanced(slot.length + 1) for slot in (past_key, past_value)]
+    y = rows.outputs[0].reshape(1, tokens, -1)
+    presents = [slot.advanced(slot.shape[2] + tokens) for slot in (past_key, past_value)]
     rows.outputs = (y, *presents)[:n_outputs]
     return rows
 

@@ -11,7 +11,7 @@ from ..registry import op
 from .buffers import computed
 from .dtypes import numeric
 from .lowered import plain
-from .mapping import LARGE, SMALL, lower_unary, map_unary, unary_rows
+from .mapping import LARGE, lower_unary, map_unary, unary_rows
 from .pointwise import (
     erf_f32, exponential_f32, gelu_f32, gelu_tanh_f32, negative_f32, reciprocal_f32, relu_f32,
     sigmoid_f32, square_root_f32, swish_f32, tanh_f32,
@@ -29,7 +29,10 @@ def _relu(x):
 
 
 def mapped(kernel, function, much):
-    """An operator of one input: the kernel for `much` float32, the NumPy function otherwise."""
+    """An operator of one input: the kernel for `much` float32, the NumPy function otherwise.
+
+    `much` is 0 where the two round differently.
+    """
 
     @numeric
     def run(x):
@@ -42,10 +45,10 @@ def mapped(kernel, function, much):
 
 
 for _name, _kernel, _function, _much in (
-    ("Exp", exponential_f32, np.exp, SMALL), ("Neg", negative_f32, np.negative, LARGE),
+    ("Exp", exponential_f32, np.exp, 0), ("Neg", negative_f32, np.negative, LARGE),
     ("Reciprocal", reciprocal_f32, np.reciprocal, LARGE), ("Relu", relu_f32, _relu, LARGE),
-    ("Sigmoid", sigmoid_f32, _sigmoid, SMALL), ("Sqrt", square_root_f32, np.sqrt, LARGE),
-    ("Tanh", tanh_f32, np.tanh, SMALL),
+    ("Sigmoid", sigmoid_f32, _sigmoid, 0), ("Sqrt", square_root_f32, np.sqrt, LARGE),
+    ("Tanh", tanh_f32, np.tanh, 0),
 ):  # fmt: skip
     op(_name, since=6, uses=(_kernel.name,), lower=lower_unary(_kernel))(
         mapped(_kernel, _function, _much)
@@ -117,7 +120,7 @@ def lower_swish(x, *, alpha=1.0):
 @numeric
 def swish(x, *, alpha=1.0):
     """x (...) -> (...), x sigmoid(alpha x)."""
-    if x.dtype == np.float32 and x.size >= SMALL:
+    if x.dtype == np.float32:
         return map_unary(swish_f32, x, alpha)
     return x * _sigmoid(alpha * x)
 

@@ -175,21 +175,15 @@ def product(x, weight):
 
 
 def lower_matmul(a, b):
-    """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
-    if (
-        isinstance(b, np.ndarray)
-        or len(b.shape) != 2
-        or not plain(a)
-        or a.size != b.shape[0]
-        or b.encoding == "uint8"
-    ):
+    """Rows a (..., M, K), contiguous float32, times an encoded weight (K, N)."""
+    if isinstance(b, np.ndarray) or len(b.shape) != 2 or not plain(a) or b.encoding == "uint8":
         return None
-    if not is_ready(b):
+    if len(b.shape) != 2 or not is_ready(b):
         return None
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:
         return None
-    todo, held = calls(a.reshape(1, -1), b, out.reshape(1, -1))
+    todo, held = calls(_rows(a), b, _rows(out))
     return Rows((out,), todo, keep=(a, b, held))
 
 

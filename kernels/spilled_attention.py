@@ -4,16 +4,17 @@ Dims: as in attention_calls.py. Slices are cut where the kernels cut the keys an
 have found goes on with the next slice: results are those of a cache in memory, to the last bit.
 """
 
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 import numpy as np
 
 from .attention_calls import (
-    append_arguments, options_of, prompt_rows, stored_in, token_call, token_scratch_bytes,
+    append_arguments, are_tokens, options_of, prompt_rows, stored_in, token_call,
+    token_scratch_bytes,
 )  # fmt: skip
 from .buffers import empty
 from .cache import AT, CAPACITY, K, K_SCALES, V, V_SCALES, cache_append
-from .decode_attention import HEAD, PARTIAL, PIECE_COLUMNS, SCRATCH
+from .decode_attention import EACH, HEAD, PARTIAL, PIECE_COLUMNS, SCRATCH
 from .flash import UNIT_ROWS, state_bytes
 from .lowered import Rows
 from .threads import team
@@ -30,8 +31,9 @@ def spilled_rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal)
     team().run([(cache_append, *append)])
     pair.store(tail, k.shape[2])
     numbers = mask, scale, softcap
-    if tokens == k.shape[2] == 1:
-        _attend_token(pair, q, append, (k, v), out, *numbers)
+    if tokens == k.shape[2] and are_tokens(q, pair.keys.length, mask, is_causal):
+        for _, alike in groupby(range(tokens), lambda i: (pair.keys.length + i) // BLOCK):
+            _attend_tokens(pair, list(alike), q, append, (k, v), out, *numbers)
     elif 0 not in out.shape:
         _attend_prompt(pair, q, k.shape[2], out, *numbers, is_causal)
     pair.done()
@@ -74,28 +76,40 @@ def _blocks_end(position):
     return -(-position // BLOCK) * BLOCK
 
 
-def _attend_token(pair, q, append, new, out, mask, scale, softcap):
-    """q (1, H, 1, D) over all keys -> out (1, 1, H, E)."""
-    count, shares = pair.keys.length + 1, team().shares
+def _attend_tokens(pair, tokens, q, append, new, out, mask, scale, softcap):
+    """Those tokens of q (1, H, T, D) over all keys up to their own -> out (1, T, H, E); the number
+    of blocks of keys is the same for all, and so is how they are shared out."""
+    last, shares = pair.keys.length + tokens[-1] + 1, team().shares
     each = -(-token_scratch_bytes(q, new) // 64) * 64
-    scratch = pair.state(shares * each).ctypes.data, each
-    table = np.zeros((shares, PIECE_COLUMNS), np.int64)
-    append = (*append[:AT], count - 1, *append[AT + 1 :])
-    rounds = _rounds(pair.keys.heads, count, shares, pair.slice_positions(shares))
+    scratch = pair.state(len(tokens) * shares * each).ctypes.data
+    tables = np.zeros((len(tokens), shares, PIECE_COLUMNS), np.int64)
+    rounds = _rounds(pair.keys.heads, last, shares, pair.slice_positions(shares))
+    calls, held = [], []
+    for n, token in enumerate(tokens):
+        row = (*append[:AT], pair.keys.length + token, *append[AT + 1 :])
+        call, kept = token_call(
+            q, row, new, out, mask, scale, softcap, (scratch + shares * each * n, each),
+            (tables[n].ctypes.data, 0), token,
+        )  # fmt: skip
+        calls.append(list(call))
+        held.append(kept)
     parts = [[part for part, _, _ in pieces] for pieces in rounds]
-    (function, *arguments), _held = token_call(
-        q, append, new, out, mask, scale, softcap, scratch, (table.ctypes.data, 0)
-    )
     for i, (keys, values, _) in enumerate(pair.slices(shares, parts)):
-        table[:] = 0
-        for part, nth, fresh in rounds[i]:
-            result = arguments[SCRATCH] + each * part[0] + arguments[PARTIAL] * nth
-            row = table[part[0]]
-            row[: len(arguments)] = arguments
-            row[HEAD:] = part[1], part[2], min(count, part[3]), fresh, result
-            _place(row, keys, values, part)
-        arguments[-1] = i == len(rounds) - 1
-        team().run([(function, *arguments)])
+        tables[:] = 0
+        for table, call in zip(tables, calls, strict=True):
+            _fill(table, call[1:], rounds[i], keys, values)
+            call[-1] = i == len(rounds) - 1
+        team().run(calls)
+
+
+def _fill(table, arguments, pieces, keys, values):
+    """One token's rows for the pieces that windows hold."""
+    for part, nth, fresh in pieces:
+        row = table[part[0]]
+        row[: len(arguments)] = arguments
+        result = arguments[SCRATCH] + arguments[EACH] * part[0] + arguments[PARTIAL] * nth
+        row[HEAD:] = part[1], part[2], min(arguments[AT] + 1, part[3]), fresh, result
+        _place(row, keys, values, part)
 
 
 def _place(row, keys, values, part):

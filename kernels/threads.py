@@ -238,12 +238,16 @@ class Team:
             wake.wait()
             wake.clear()
 
-    def run(self, rows):
-        """Run rows of (kernel, *arguments) in order; floats are passed as `float_bits`."""
+    def run(self, rows, serial=False):
+        """Run rows of (kernel, *arguments) in order; floats are passed as `float_bits`.
+
+        `serial` ones are not worth sharing: the calling thread runs them alone.
+        """
         with self._lock:
             if len(rows) > len(self._table):
                 self._table = np.zeros((2 * len(rows), COLUMNS), np.int64)
             fill_table(self._table, rows)
+            self._table[: len(rows), SERIAL_ROW] = serial
             self._walk(self._table, [function for function, *_ in rows])
 
     def run_table(self, table, functions):

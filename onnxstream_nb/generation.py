@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .errors import Interrupted, UsageError
 from .progress import ReplyProgress
+from .work import Work
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,8 +29,8 @@ class Host(Protocol):
     context: int
     load_s: float
 
-    def claim(self, generation: Generation) -> AbstractContextManager[None]:
-        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+    def claim(self, work: Work) -> AbstractContextManager[None]:
+        """Holds the model for one step of `work`; UsageError if another thread uses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Stats:
         return self.bytes_read / seconds if seconds > 0 else 0.0
 
 
-class Generation(Iterator[Token]):
+class Generation(Work, Iterator[Token]):
     """One reply: iterate it for its tokens. `stats` fills as it goes, `stop()` ends it.
 
     Text that was held back (half a character, the beginning of a stop string) comes with the last
@@ -111,7 +112,6 @@ class Generation(Iterator[Token]):
         self.stats = Stats(load_s=model.load_s)
         self.prompt_ids = list(prompt)
         self.ids: list[int] = []
-        self.owner: threading.Thread | None = None
         self._model = model
         self._max_tokens = max_tokens
         self._shorten = shorten
@@ -120,7 +120,7 @@ class Generation(Iterator[Token]):
         self._decoder = Decoder(model.llm, Sampler(params), guesses, model.draft)
         self._stream = model.tokenizer.stream()
         self._stops = StopStrings(params.stop)
-        self._in_step = False  # whether the decoder knows the text
+        self._in_step = False  # whether the decoder has the text as it is now
         self._fit_prompt()
 
     def stop(self) -> None:
@@ -145,15 +145,12 @@ class Generation(Iterator[Token]):
         return ReplyProgress(llm.reading(), written, left, mean)
 
     @property
-    def abandoned(self) -> bool:
-        """Whether a suspended reply will not be missed: ended, or left behind by its own thread."""
-        owner = self.owner
-        return (
-            self.stopped
-            or owner is None
-            or owner is threading.current_thread()
-            or not owner.is_alive()
-        )
+    def most_positions(self) -> int:
+        """How many positions of the context it may come to fill."""
+        context = self._model.context
+        if self._max_tokens is None:
+            return context
+        return min(context, len(self.prompt_ids) + self._max_tokens)
 
     def finish(self, reason: str) -> None:
         """Marks the reply as ended for `reason`, unless it has ended already."""
@@ -200,16 +197,25 @@ class Generation(Iterator[Token]):
         return token
 
     def _draw(self) -> tuple[int, float]:
-        decoder = self._decoder
         if not self._in_step:
-            known = decoder.begin(self.prompt_ids + self.ids)
-            if not self.ids:
-                self.stats.prompt_tokens, self.stats.cached_tokens = len(decoder.text), known
-            self._in_step = True
+            self._read()
+        decoder = self._decoder
         room = self._model.context - len(decoder.text)
         if self._max_tokens is not None:
             room = min(room, self._max_tokens - len(self.ids) - 1)
         return decoder.next(room, self._stop)
+
+    def _read(self) -> None:
+        """Reads what the cache lacks of the prompt, and of the reply where that was shortened."""
+        from .speculation import common_prefix
+
+        llm, text = self._model.llm, self.prompt_ids + self.ids
+        known = common_prefix(llm.tokens, text[:-1])
+        if not self.ids:
+            self.stats.prompt_tokens, self.stats.cached_tokens = len(text), known
+        llm.rewind(known)
+        self._decoder.begin(text, llm.feed(text[known:], self._stop))
+        self._in_step = True
 
     def _take(self, token_id: int, logprob: float) -> Token:
         """Decides whether a token is the last one."""

@@ -60,6 +60,9 @@ class WeightRef:
     The encodings "affine4" and "affine8" are a matrix (K, N) in `parts`, each with a place of its
     own: integers (K or more, N), scales (B or 1, N or 1) and zero points of such a shape, where
     there are any; `block` elements along K share a scale. `nbytes` is that of all parts.
+
+    A matrix whose bytes are panels (kernels/panels.py) has `panel` bytes for every 16 of its N
+    stored rows, the last of them filled up, and no parts; its `encoding` says what was packed.
     """
 
     name: str
@@ -74,6 +77,7 @@ class WeightRef:
     zero_point: int = 0
     parts: tuple[WeightRef, ...] = ()
     block: int = 0
+    panel: int = 0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -82,22 +86,31 @@ class WeightRef:
             return self.shape
         return (*self.shape[:-2], self.shape[-1], self.shape[-2])
 
+    @property
+    def unit(self) -> tuple[int, int]:
+        """How many stored rows of a matrix stay together when it is cut, and their bytes."""
+        return (16, self.panel) if self.panel else (1, self.nbytes // self.stored_shape[0])
+
     def rows(self, start: int, stop: int) -> WeightRef:
-        """Stored rows `start` to `stop` of a matrix; see `cut_by_rows`."""
-        each = self.nbytes // self.stored_shape[0]
+        """Stored rows `start` to `stop` of a matrix; see `cut_by_rows`. In panels, `start` is the
+        first row of one, and `stop` is so too or is the matrix's end."""
+        rows, each = self.unit
+        first, last = start // rows, -(-stop // rows)
         shape = (stop - start, self.stored_shape[1])
         return replace(
             self,
             shape=shape[::-1] if self.transposed else shape,
-            offset=self.offset + each * start,
-            nbytes=each * (stop - start),
+            offset=self.offset + each * first,
+            nbytes=each * (last - first),
         )
 
     @property
     def cut_by_rows(self) -> bool:
         """Whether it is a matrix whose stored rows are weights of their own."""
         shape = self.stored_shape
-        return not self.parts and len(shape) == 2 and shape[0] > 0 and self.nbytes % shape[0] == 0
+        if self.parts or len(shape) != 2 or shape[0] == 0:
+            return False
+        return self.panel > 0 or self.nbytes % shape[0] == 0
 
     @property
     def key(self) -> tuple[object, ...]:

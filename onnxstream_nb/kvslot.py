@@ -90,8 +90,11 @@ class Slot(Room):
     columns, (KV, D / 32, capacity, 32), D padded. `encoding` "f16" keeps them as float16; "q8" as
     int8 with a float32 scale for each position and head behind them, (KV, capacity): a little over
     half the bytes, each element off by at most 1/254 of the largest of its position and head.
-    As an array it is of `dtype`, the graph's.
+    As an array it is of `dtype`, the graph's. `tokens` says of how many sequences a run has the
+    next token, `places` are (length, capacity) of each: see SlotGroup.
     """
+
+    tokens = 1
 
     def __init__(
         self,
@@ -114,6 +117,11 @@ class Slot(Room):
     def shape(self) -> tuple[int, int, int, int]:
         """The shape of past and present: (1, KV, length, D)."""
         return (1, self.heads, self.length, self.size)
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(length, capacity)."""
+        return ((self.length, self.capacity),)
 
     @property
     def position_bytes(self) -> int:
@@ -184,6 +192,44 @@ class KVSlot(Slot):
         if self.quantised:
             filled = filled * self.scales[None, :, : self.length, None]
         return filled.astype(dtype or self.dtype)
+
+
+class SlotGroup:
+    """The slots of several sequences whose tokens lie side by side in one run, fed as one past.
+
+    `parts` are (slot, how many of the run's tokens are its own), in order. Only Attention without
+    a mask understands it.
+    """
+
+    on_disk = False
+
+    def __init__(self, parts: Sequence[tuple[KVSlot, int]]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the run has, if each sequence has one; 0 if not."""
+        return len(self.parts) if all(count == 1 for _, count in self.parts) else 0
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """(length, capacity) of each sequence."""
+        return tuple((slot.length, slot.capacity) for slot, _ in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of all pasts together: (1, KV, positions, D)."""
+        first = self.parts[0][0]
+        return (1, first.heads, sum(slot.length for slot, _ in self.parts), first.size)
+
+    def reserve(self, length: int) -> None:
+        """UsageError when a slot has no room for `length` positions."""
+        for slot, _ in self.parts:
+            slot.reserve(length)
+
+    def advanced(self, length: int) -> SlotGroup:
+        """The same memory: what a present is not asked for."""
+        return self
 
 
 class ArraySlot(Room):

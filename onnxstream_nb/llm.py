@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from . import passes
-from .device import physical_cores
+from .device import memory_available, physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
 from .kvcache import ArraySlot, KVCache, bytes_at, bytes_resident
@@ -32,13 +32,14 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
-    "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see Slot. What of a full context's does not fit
-    `ram` lies in a file in the folder `kv_spill`; without one it has to fit. `logit_chunk` is how
-    many positions `logits` computes at a time, `every_position` whether the graph has them;
-    `passes` counts passes over the weights; `full_cache_bytes` is what the cache takes at the whole
-    context. One caller at a time.
+    budget for the whole process, the memory of a full context is set aside, or that of several
+    `sequences` (sequences.py). `precision` "auto" is "fast" for weights stored as floats, "exact"
+    for block encodings: see Session. `kv_cache` "q8" keeps keys and values in 8 bits instead of 16:
+    see Slot. What of a full context's does not fit `ram` lies in a file in the folder `kv_spill`;
+    without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
+    `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
+    over the weights; `full_cache_bytes` is what the cache takes at the whole context. `packed` is
+    as for Session. One caller at a time.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class LanguageModel:
         kv_cache: str = "f16",
         kv_spill: str | Path | None = None,
         device: str = "cpu",
+        packed: str | Path | None = None,
+        sequences: int = 1,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
@@ -66,6 +69,7 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
+        self.pairs, self._encoding = pairs, kv_cache
         past = {p.past_input for p in pairs}
         self._inputs = [v for v in self.graph.inputs if v.name not in past]
         presents = {p.present_output for p in pairs}
@@ -80,10 +84,12 @@ class LanguageModel:
         windows = 2 * (threads or physical_cores())  # shares of the thread team
         reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
         spill = None if ram is None or kv_spill is None else Path(kv_spill)
+        if spill is None or sequences > 1:
+            reserve = [sequences * reserve[0]]
+        self._has_budget = ram is not None
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=reserve if spill else reserve[0],
-            progress=progress,
+            device=device, optimize=False, reserve=reserve, packed=packed, progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
         self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)
@@ -152,6 +158,22 @@ class LanguageModel:
             provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
             now,
         )  # fmt: skip
+
+    @property
+    def cache_room(self) -> int:
+        """Bytes that caches may take together: what was set aside, or when memory has no bounds but
+        the machine's half of what is free, if that is more."""
+        if self._has_budget or self.streams:
+            return self.session.reserve
+        return max(self.session.reserve, memory_available() // 2)
+
+    def cache_bytes_at(self, positions: int) -> int:
+        """The most memory that the cache of one sequence takes with so many positions, in bytes."""
+        return bytes_at(self.graph, self.pairs, positions, self._encoding)
+
+    def new_cache(self, positions: int) -> KVCache:
+        """An empty cache for so many positions of another sequence: see sequences.py."""
+        return KVCache(self.graph, self.pairs, self._encoding, positions)
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.

@@ -96,6 +96,7 @@ def model_graph(options: Mapping[str, Any], report: Report) -> Iterator[tuple[st
         found = hub.resolve(name, progress=of_download(report))
         yield found.name, load(found.path)
         return
+    from .packed_file import remove_orphans
     from .synthetic import random_model
 
     entry = hub.CATALOGUE.get(name)
@@ -104,15 +105,19 @@ def model_graph(options: Mapping[str, Any], report: Report) -> Iterator[tuple[st
         raise UsageError(f"--random-weights: {name!r} is no catalogue model; known: {known}")
     dtype = options["dtype"] or "f16"
     report(f"writing random weights of {name} in {dtype}", None)
-    with random_model(name, entry.geometry, dtype, hub.cache_dir() / "tmp") as graph:
-        yield f"{name} {dtype} (random weights)", graph
+    try:
+        with random_model(name, entry.geometry, dtype, hub.cache_dir() / "tmp") as graph:
+            yield f"{name} {dtype} (random weights)", graph
+    finally:
+        if options["keep_packed"]:
+            remove_orphans(hub.packed_dir())
 
 
 def measure(
     name: str, graph: Graph, cases: Sequence[Case], options: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
     """Run all cases and the yardstick; the JSON document of `bench`."""
-    from .hub import spill_dir
+    from . import hub
     from .llm import LanguageModel
 
     threads = options["threads"] or device.physical_cores()
@@ -125,7 +130,8 @@ def measure(
         threads=threads,
         precision=options["precision"],
         kv_cache=options["kv_cache"],
-        kv_spill=spill_dir(options["kv_spill"]),
+        kv_spill=hub.spill_dir(options["kv_spill"]),
+        packed=hub.packed_dir() if options["keep_packed"] else None,
         context=max(case.context for case in cases),
         progress=report,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,16 +36,79 @@ class Packer(Protocol):
     def piece(self) -> int:
         """A piece of a part begins with a multiple of so many stored rows."""
 
+    def pack_heads(self, ref: WeightRef, out: int, count: int) -> None:
+        """Begin the panels of `count` rows of a weight in parts at address `out`."""
+
     def pack_part(
-        self, ref: WeightRef, index: int, piece: Weight, out: int, first: int, count: int
+        self,
+        ref: WeightRef,
+        index: int,
+        piece: Weight,
+        out: int,
+        first: int,
+        count: int,
+        start: int,
+        stop: int,
     ) -> None:
-        """Pack `count` stored rows of a part, from `first` on, into all panels at `out`."""
+        """Pack `count` stored rows of a part, from `first` on, into the panels of rows `start` to
+        `stop` of the weight, at `out`."""
+
+    @property
+    def stamp(self) -> str:
+        """What is another one when panels are: those of another stamp are not for these kernels."""
 
 
 def panels_bytes(ref: WeightRef, panel_bytes: int) -> int:
     """Bytes of all panels of a weight, up to the next one's alignment."""
     panels = -(-ref.shape[1] // 16)
     return -(-panels * panel_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def as_panels(
+    ref: WeightRef, panel_bytes: int, source: Path | bytes = b"", offset: int = 0
+) -> WeightRef:
+    """The same matrix as panels that lie elsewhere."""
+    nbytes = -(-ref.shape[1] // 16) * panel_bytes
+    return replace(
+        ref, source=source, offset=offset, nbytes=nbytes, transposed=True, parts=(), block=0,
+        panel=panel_bytes,
+    )  # fmt: skip
+
+
+def fill_panels(
+    ref: WeightRef, packer: Packer, disk: DiskProvider, out: int, start: int, stop: int
+) -> None:
+    """Read rows `start` to `stop` of the N of a matrix, a few at a time, and pack them into panels
+    at address `out`, which hold zeros. `start` is a multiple of 16, of parts of `packer.piece`."""
+    if ref.parts:
+        packer.pack_heads(ref, out, stop - start)
+        for index in range(len(ref.parts)):
+            _fill_from_part(ref, index, packer, disk, out, start, stop)
+        return
+    row_bytes, panel_bytes = ref.nbytes // ref.stored_shape[0], packer.panel_bytes(ref)
+    step = max(1, CHUNK_BYTES // row_bytes // 16) * 16
+    for first in range(start, stop, step):
+        count = min(step, stop - first)
+        stored = disk.read(ref, first * row_bytes, (first + count) * row_bytes)
+        packer.pack(ref, stored, out + (first - start) // 16 * panel_bytes, count)
+
+
+def _fill_from_part(
+    ref: WeightRef, index: int, packer: Packer, disk: DiskProvider, out: int, start: int, stop: int
+) -> None:
+    part = ref.parts[index]
+    rows, columns = part.stored_shape
+    by_rows = part.transposed and part.shape[1] > 1  # else all of it is for any of the rows
+    least, most = (start, stop) if by_rows else (0, rows)
+    step = max(1, CHUNK_BYTES * rows // part.nbytes // packer.piece) * packer.piece
+    for first in range(least, most, step):
+        count = min(step, most - first)
+        begin, end = (
+            encoded_bytes(replace(part, shape=(n, columns))) for n in (first, first + count)
+        )
+        shape = (columns, count) if part.transposed else (count, columns)
+        piece = Weight(replace(part, shape=shape), disk.read(part, begin, end))
+        packer.pack_part(ref, index, piece, out, first, count, start, stop)
 
 
 class PackedProvider:
@@ -73,34 +137,10 @@ class PackedProvider:
             if progress is not None:
                 progress("packing weights", done / total)
             size = panels_bytes(ref, panel_bytes)
-            self._weights[matrix] = _packed(ref, panel_bytes, memory[done : done + size])
-            self._fill(self._weights[matrix], packer)
+            weight = Weight(as_panels(ref, panel_bytes), memory[done : done + size], lasting=True)
+            fill_panels(ref, packer, self._disk, weight.address, 0, ref.shape[1])
+            self._weights[matrix] = weight
             done += size
-
-    def _fill(self, weight: Weight, packer: Packer) -> None:
-        if weight.ref.parts:
-            self._fill_from_parts(weight, packer)
-            return
-        ref, rows = weight.ref, weight.ref.stored_shape[0]
-        row_bytes = ref.nbytes // rows
-        step = max(1, CHUNK_BYTES // row_bytes // 16) * 16
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
-            stored = self._disk.read(ref, first * row_bytes, (first + count) * row_bytes)
-            packer.pack(ref, stored, weight.address + first // 16 * weight.row_bytes, count)
-
-    def _fill_from_parts(self, weight: Weight, packer: Packer) -> None:
-        for index, part in enumerate(weight.ref.parts):
-            rows, columns = part.stored_shape
-            step = max(1, CHUNK_BYTES * rows // part.nbytes // packer.piece) * packer.piece
-            for first in range(0, rows, step):
-                count = min(step, rows - first)
-                start, stop = (
-                    encoded_bytes(replace(part, shape=(n, columns))) for n in (first, first + count)
-                )
-                shape = (columns, count) if part.transposed else (count, columns)
-                piece = Weight(replace(part, shape=shape), self._disk.read(part, start, stop))
-                packer.pack_part(weight.ref, index, piece, weight.address, first, count)
 
     @property
     def bytes_read(self) -> int:
@@ -135,9 +175,3 @@ class PackedProvider:
         self._weights.clear()
         self._disk.close()
         getattr(self.others, "close", lambda: None)()
-
-
-def _packed(ref: WeightRef, panel_bytes: int, memory: np.ndarray[Any, Any]) -> Weight:
-    weight = Weight(ref, memory)
-    weight.packed, weight.row_bytes, weight.lasting = True, panel_bytes, True
-    return weight

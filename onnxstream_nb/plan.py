@@ -88,7 +88,7 @@ def make_plan(
 
     Raises UnsupportedError naming every operator that is missing.
     """
-    operators = [_operator(graph, node) for node in graph.nodes]
+    operators = _operators(graph)
     missing = sorted({n.op_type for n, o in zip(graph.nodes, operators, strict=True) if o is None})
     if missing:
         raise UnsupportedError(
@@ -102,14 +102,19 @@ def make_plan(
         if operator is not None
     )
     weights = tuple(ref for step in steps for ref in step.weights)
-    packable = _read_as(graph, operators, "packs")
-    packable = {name: ref for name, ref in packable.items() if has_panels(ref)}
+    to_pack = packable(graph, has_panels)
     tables = tuple(_read_as(graph, operators, "lookups").values())
     kernels = [
         tuple(dict.fromkeys(k for step in steps for k in _kernels(step, graph, packed, precision)))
-        for packed in ({n for n, ref in packable.items() if ref.parts}, packable)
+        for packed in ({n for n, ref in to_pack.items() if ref.parts}, to_pack)
     ]
-    return Plan(graph, steps, constants, weights, tuple(packable.values()), tables, *kernels)
+    return Plan(graph, steps, constants, weights, tuple(to_pack.values()), tables, *kernels)
+
+
+def packable(graph: Graph, has_panels: Callable[[WeightRef], Any]) -> dict[str, WeightRef]:
+    """The initializers that can be packed and that no operator wants otherwise."""
+    found = _read_as(graph, _operators(graph), "packs")
+    return {name: ref for name, ref in found.items() if has_panels(ref)}
 
 
 def _read_as(graph: Graph, operators: Sequence[Operator | None], how: str) -> dict[str, WeightRef]:
@@ -126,8 +131,8 @@ def _read_as(graph: Graph, operators: Sequence[Operator | None], how: str) -> di
     return {name: ref for name, ref in refs.items() if taken.get(ref.matrix)}
 
 
-def _operator(graph: Graph, node: Node) -> Operator | None:
-    return lookup(node.op_type, node.domain, graph.opset.get(node.domain, 1))
+def _operators(graph: Graph) -> list[Operator | None]:
+    return [lookup(n.op_type, n.domain, graph.opset.get(n.domain, 1)) for n in graph.nodes]
 
 
 def _constants(
@@ -199,7 +204,8 @@ def _form(operator: Operator, i: int) -> Form:
 def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -> list[str]:
     """The kernels a step may call: what its operator uses, for its weights' encodings."""
     names = []
-    panels = {graph.initializers[name].key for name, _ in step.inputs if name in packed}
+    to_pack = {graph.initializers[name].key for name, _ in step.inputs if name in packed}
+    panels = to_pack | {ref.key for ref in step.weights if ref.panel}
     for use in step.operator.uses:
         template = use.replace("{precision}", precision)
         if "{" not in template:
@@ -215,7 +221,7 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
                 encoding, order = "float32", "columns"  # decoded
             names.append(template.format(encoding=encoding, order=order))
         if panels:
-            names += [_pack_kernel(ref) for ref in step.weights if ref.key in panels]
+            names += [pack_kernel(ref) for ref in step.weights if ref.key in to_pack]
             names.append("quantize_rows")
         if not step.weights:  # arrays are float32 in the order they come in
             names.append(template.format(encoding="float32", order="columns"))
@@ -225,8 +231,8 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
     return names
 
 
-def _pack_kernel(ref: WeightRef) -> str:
-    """What packs a weight: one in parts has its integers in either order."""
+def pack_kernel(ref: WeightRef) -> str:
+    """The kernel that packs a weight: one in parts has its integers in either order."""
     if not ref.parts:
         return f"pack_{ref.encoding}"
     return f"pack_{ref.encoding}_{'rows' if ref.transposed else 'columns'}"

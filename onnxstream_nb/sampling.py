@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,15 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             if not isinstance(token, int) or token < 0 or not bias < math.inf:
                 raise UsageError(f"logit_bias {{{token!r}: {bias!r}}} should be {{id: number}}")
+
+
+def params_of(options: Mapping[str, Any]) -> SamplingParams:
+    """The params that options name; UsageError for a name that none has."""
+    known = [each.name for each in fields(SamplingParams)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UsageError(f"unknown sampling option {unknown[0]}: use one of {', '.join(known)}")
+    return SamplingParams(**options)
 
 
 _RANGES: Mapping[str, tuple[float, float, bool]] = {

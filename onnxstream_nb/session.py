@@ -20,7 +20,8 @@ from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
 from .loading import choose, choose_reserve, make_provider
-from .lowering import Replay
+from .lowering import TABLE_BYTES, Replay
+from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -77,7 +78,8 @@ class Session:
     `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
-    "cpu". `optimize=False` runs the graph as it stands. `progress(text,
+    "cpu". `optimize=False` runs the graph as it stands. With `packed`, a folder, weights that have
+    panels are kept there packed, for the next start and for streaming. `progress(text,
     fraction)` is told what takes long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
@@ -95,6 +97,7 @@ class Session:
         device: str = "cpu",
         optimize: bool = True,
         reserve: int | Sequence[int] = 0,
+        packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
         peak = peak_rss()
@@ -107,8 +110,11 @@ class Session:
         if precision not in PRECISIONS:
             raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
         self.precision = precision
-        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
+        internal("Threads")(self.threads)
+        if packed is not None:
+            self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
+        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
@@ -118,7 +124,6 @@ class Session:
         )
         if holding.slots:
             prepare(self.plan.kernels)
-        internal("Threads")(self.threads)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
         self.chunk = holding.chunk
         self._lock = threading.Lock()
@@ -176,11 +181,13 @@ class Session:
     def _replayed(
         self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
     ) -> dict[str, Any] | None:
-        """The values after a replay of one token's tables, or None when it is not for these feeds.
+        """The values after a replay of a token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded.
+        The first run for one token over a cache is recorded, or for one token each of several
+        sequences.
         """
-        if trace.current() is not None or not _is_token(feeds):
+        tokens = _next_tokens(feeds)
+        if trace.current() is not None or not self._is_recorded(tokens):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -194,10 +201,17 @@ class Session:
         values = {**self.plan.constants, **own}
         replay = Replay(
             self.plan, values, self._argument, internal("Table"), self._is_lasting, stop,
-            previous=known.values if known is not None else None,
+            previous=known.values if known is not None and known.tokens == tokens else None,
         )  # fmt: skip
         self._replay = replay if replay.lowered else None
         return values
+
+    def _is_recorded(self, tokens: int) -> bool:
+        """Whether runs for so many next tokens are recorded. Several take memory for all that is
+        computed, which no budget counts, and pay where Python takes long beside the kernels."""
+        if tokens > 1:
+            return not self._has_budget and self.plan.weight_bytes <= TABLE_BYTES
+        return tokens == 1
 
     def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:
         recording = trace.current()
@@ -276,15 +290,17 @@ class Session:
         self.close()
 
 
-def _is_token(feeds: Mapping[str, Any]) -> bool:
-    """Whether the feeds hold one token beside a cache that kernels append to."""
+def _next_tokens(feeds: Mapping[str, Any]) -> int:
+    """How many tokens the feeds hold, one for each sequence whose cache kernels append to; 0 when
+    they are something else."""
     arrays = [f for n, f in feeds.items() if isinstance(f, np.ndarray) and n != passes.LOGIT_ROWS]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
     if not slots or not all(hasattr(slot, "advanced") for slot in slots):
-        return False
-    total = slots[0].length + 1  # what an attention mask covers
+        return 0
+    tokens: int = slots[0].tokens
+    total = slots[0].shape[2] + 1  # what an attention mask covers
     sizes = {f.size for f in arrays}
-    return 1 in sizes and sizes <= {1, total}
+    return tokens if tokens in sizes and sizes <= {tokens, total} else 0
 
 
 def _thread_count(threads: int | None) -> int:

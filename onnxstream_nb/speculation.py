@@ -153,10 +153,10 @@ class DraftModel:
 class Decoder:
     """A text that a language model continues, token by token, in as few passes as guesses allow.
 
-    `text` is what was read and written so far; the cache of `llm` holds it without the last token,
-    and guesses that are not refuted yet. `guesses` is how many the text may give a pass (0: none);
-    `draft` a model for what the text does not tell. `drafted` counts guesses that were read,
-    `accepted` those that were right.
+    `text` is what was read and written so far; the cache of `llm` holds it without the last token
+    written, and guesses that are not refuted yet. `guesses` is how many the text may give a pass
+    (0: none), `draft` a model for what the text does not tell. `drafted` counts guesses that were
+    read, `accepted` those that were right.
     """
 
     def __init__(
@@ -173,7 +173,6 @@ class Decoder:
         self._ngrams = NGrams() if guesses else None
         self._draft = DraftModel(draft, sampler, llm.vocab_size) if draft is not None else None
         self._rows: deque[tuple[Logits, Guess | None]] = deque()
-        self._is_read = False
         self._first_pass: int | None = None
 
     @property
@@ -181,16 +180,15 @@ class Decoder:
         """Passes over the weights since the first token."""
         return 0 if self._first_pass is None else self._llm.passes - self._first_pass
 
-    def begin(self, text: Sequence[int]) -> int:
-        """Go on from `text`; returns how much of it the cache had (never all)."""
-        self._rows.clear()
+    def begin(self, text: Sequence[int], logits: Logits) -> None:
+        """Go on from `text`, which the cache holds, and the logits (V,) that follow it."""
         self.text = list(text)
-        known = common_prefix(self._llm.tokens, self.text[:-1])
-        self._llm.rewind(known)
-        self._is_read = False
+        self._rows.clear()
+        self._rows.append((logits, None))
         if self._ngrams is not None:
             self._ngrams.begin()
-        return known
+        if self._first_pass is None:
+            self._first_pass = self._llm.passes
 
     def next(self, room: int, stop: threading.Event | None) -> tuple[int, float]:
         """The next token, now the last of `text`, and the natural logarithm of its probability.
@@ -225,18 +223,14 @@ class Decoder:
             self.forget_guesses()
 
     def _read(self, room: int, stop: threading.Event | None) -> None:
-        """One pass: over the last token and guesses, or over a whole text that is new."""
-        new = self.text[len(self._llm.tokens) :]
-        guesses = self._guesses(room, stop) if self._is_read else []
+        """One pass over the last token and guesses."""
+        last, guesses = self.text[-1:], self._guesses(room, stop)
         if guesses:
-            logits = self._llm.logits([*new, *(guess.id for guess in guesses)], stop)
+            logits = self._llm.logits([*last, *(guess.id for guess in guesses)], stop)
             self.drafted += len(guesses)
             self._rows.extend(zip(logits, [*guesses, None], strict=True))
         else:
-            self._rows.append((self._llm.feed(new, stop), None))
-        self._is_read = True
-        if self._first_pass is None:
-            self._first_pass = self._llm.passes
+            self._rows.append((self._llm.feed(last, stop), None))
 
     def _guesses(self, room: int, stop: threading.Event | None) -> list[Guess]:
         """From the text, unless the draft model's are more often right."""

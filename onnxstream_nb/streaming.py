@@ -50,7 +50,7 @@ class Piece:
 
 def by_rows(ref: WeightRef, size: int = PIECE) -> bool:
     """Whether a weight comes in stored rows; any other one is gathered before it is used."""
-    return ref.cut_by_rows and ref.nbytes // ref.stored_shape[0] <= size
+    return ref.cut_by_rows and ref.unit[1] <= size
 
 
 def cut(ref: WeightRef, held: int = 0, size: int = PIECE) -> tuple[Piece, ...]:
@@ -62,8 +62,8 @@ def cut(ref: WeightRef, held: int = 0, size: int = PIECE) -> tuple[Piece, ...]:
             for part in ref.parts or (ref,)
             for at in range(0, part.nbytes, size)
         )
-    rows = ref.stored_shape[0]
-    each = size // (ref.nbytes // rows)
+    rows, (together, nbytes) = ref.stored_shape[0], ref.unit
+    each = size // nbytes * together
     each = each // 32 * 32 or each  # kernels take 32 rows at a time
     pieces = [(at, ref.rows(at, min(rows, at + each))) for at in range(held, rows, each)]
     return tuple(Piece(part, 0, part.nbytes, first) for first, part in pieces)

@@ -20,15 +20,15 @@ class Weight:
     """A weight in memory, encoded as stored.
 
     `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
-    `row_bytes` is the length of one stored row. `buffer` is a flat uint8 array. A weight that was
-    packed holds its rows in panels of `row_bytes` (kernels/panels.py); of one that is left in its
+    `row_bytes` is the length of one stored row, of a packed weight that of a panel of 16 rows
+    (kernels/panels.py). `buffer` is a flat uint8 array. Of a weight that is left in its
     file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty. The bytes
     of a weight in parts lie one part behind the other. A tile of a larger weight holds its stored
     rows from number `first` on. One that is `lasting` stays where it is while its provider is open.
     """
 
     __slots__ = (
-        "address", "buffer", "first", "lasting", "packed", "read_rows", "ref", "row_bytes",
+        "address", "buffer", "first", "lasting", "read_rows", "ref", "row_bytes",
     )  # fmt: skip
     in_tiles = False
 
@@ -47,8 +47,7 @@ class Weight:
         rows = 1
         for n in ref.stored_shape[:-1]:
             rows *= n
-        self.row_bytes = ref.nbytes // rows if rows else 0
-        self.packed = False
+        self.row_bytes = ref.panel or (ref.nbytes // rows if rows else 0)
         self.first = 0
         self.lasting = lasting
 
@@ -79,6 +78,11 @@ class Weight:
     def transposed(self) -> bool:
         """Whether the stored form has the last two logical axes swapped."""
         return self.ref.transposed
+
+    @property
+    def packed(self) -> bool:
+        """Whether the bytes are panels."""
+        return self.ref.panel > 0
 
     @property
     def order(self) -> str:

@@ -97,9 +97,15 @@ def decoder(
     return Decoder(rules[0], Sampler(params), guesses, rules[1])
 
 
+def begin(made: Decoder, text: Sequence[int]) -> None:
+    """Let the model read the text, and the decoder go on from it."""
+    made._llm.rewind(0)
+    made.begin(text, made._llm.feed(text))
+
+
 def decoded(made: Decoder, prompt: Sequence[int], count: int) -> list[tuple[int, float]]:
     """The same with guesses; after each token the cache holds the text before it, and guesses."""
-    made.begin(prompt)
+    begin(made, prompt)
     given = []
     for i in range(count):
         given.append(made.next(count - i - 1, None))

@@ -41,11 +41,10 @@ def packed_weight(encoding: str, raw: Array, k: int) -> Weight:
     """Stored rows as a native weight (K, N) in panels, whether or not the host profits by it."""
     panels = packed(encoding, raw, k)
     ref = WeightRef(
-        "w", (k, len(raw)), "float32", b"", nbytes=raw.nbytes, encoding=encoding, transposed=True
-    )
-    weight = Weight(ref, panels.reshape(-1))
-    weight.packed, weight.row_bytes = True, panels.shape[1]
-    return weight
+        "w", (k, len(raw)), "float32", b"", nbytes=panels.nbytes, encoding=encoding,
+        transposed=True, panel=panels.shape[1],
+    )  # fmt: skip
+    return Weight(ref, panels.reshape(-1))
 
 
 def random_packed(encoding: str, k: int, n: int, rng: Any) -> tuple[Weight, Dense]:

@@ -1,4 +1,4 @@
-"""Whatever holds the weights, a model computes the same: in memory, mapped, in buffers, in parts."""
+"""Whatever holds the weights, a model computes the same: in memory, mapped, in buffers or parts."""
 
 from __future__ import annotations
 

@@ -296,8 +296,8 @@ def test_generate_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> N
     assert out.count("\n") == 1
     assert fake.asked == {
         "name": "m", "load": "ram", "ram": None, "threads": None, "context": None,
-        "precision": "auto", "kv_cache": "f16", "kv_spill": None, "draft": None, "speculate": None,
-        "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
+        "precision": "auto", "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": None,
+        "speculate": None, "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
         "temperature": 0.0, "stop": ("x",),
     }  # fmt: skip
     assert fake.closed
@@ -450,7 +450,7 @@ def test_chat_without_a_name_takes_the_default(monkeypatch: pytest.MonkeyPatch) 
     assert options.sampling == {"top_k": 3}
     assert options.load_options == {
         "load": "auto", "ram": None, "threads": 2, "context": None, "precision": "auto",
-        "kv_cache": "f16", "kv_spill": None, "draft": "tiny", "speculate": 3,
+        "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": "tiny", "speculate": 3,
     }  # fmt: skip
 
 

@@ -21,6 +21,8 @@ ROOMS = {
     "spill": "kvcache", "spill_file": "kvcache",
     "liveness": "session", "shapes": "session", "lookup": "weights",
     "speculation": "model", "drafting": "model",
+    "packed_weights": "session", "sequences": "llm",
+    "batch": "model", "seat": "model", "work": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 
@@ -28,9 +30,11 @@ ALLOWED: dict[str, set[str]] = {
     PACKAGE: {"model", "session"},
     "cli": {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
-        "registry", "trace", "passes", "kvcache", PACKAGE,
+        "registry", "trace", "passes", "kvcache", "packed_file", PACKAGE,
     },
-    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", "weights", PACKAGE},
+    "measure": {
+        "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,
+    },
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),
     "model": {"hub", "llm", "tokenizer", "sampling"},
@@ -38,9 +42,10 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"session", "kvcache", "passes", "sampling"},
     "sampling": set(),
     "tokenizer": {"formats"},
-    "session": {"formats", "passes", "weights", "kvcache", "registry", "trace"},
+    "session": {"formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace"},
     "kvcache": {"passes", "weights"},
     "weights": set(),
+    "packed_file": {"weights"},
     "formats": set(),
     "passes": set(),
     "trace": set(),

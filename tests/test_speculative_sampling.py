@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guessing import RuleLLM, decoder
+from guessing import RuleLLM, begin, decoder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +190,7 @@ def test_every_text_keeps_its_probability(
         draft = RuleLLM(by_last(*others), vocab)
         made = decoder(RuleLLM(rule, vocab), PLAIN, guesses, draft)
         made._sampler._random = random
-        made.begin(start)
+        begin(made, start)
         ids = tuple(made.next(count - i - 1, None)[0] for i in range(count))
         seen.update(right=made.accepted, wrong=made.drafted > made.accepted)
         return ids

@@ -66,6 +66,22 @@ def test_prompts_across_every_boundary(
 
 
 @ENCODINGS
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_few_tokens_across_blocks(
+    threads: int, encoding: str, slices: None, tmp_path: Path
+) -> None:
+    """Computed one by one, and read together where their number of blocks is the same."""
+    set_threads(threads)
+    twins = Twins(tmp_path, 3, 2, (48, 40), encoding)
+    for tokens in (5, 22, 8, 2, 200, 8, 7, 6, 5, 4, 3, 8, 300, 8, 8, 8):
+        twins.step(tokens)
+    rng = np.random.default_rng(2)
+    distance = np.arange(8)[:, None] + twins.length - np.arange(twins.length + 8)
+    twins.step(8, mask=(distance >= 0) & (rng.random(distance.shape) > 0.2), softcap=3.0)
+    twins.assert_same_contents()
+
+
+@ENCODINGS
 @PRECISIONS
 def test_prompts_that_do_not_go_through_the_keys_at_once(
     precision: str, encoding: str, slices: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

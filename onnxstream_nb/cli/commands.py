@@ -15,6 +15,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
     from ..progress import ReplyProgress
+    from ..work import Work
 
 SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -92,26 +93,31 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in SAMPLING_NAMES if options[name] is not None}
 
 
-def load_model(options: Mapping[str, Any]) -> Model:
-    """Load the model that the options name, with progress on stderr."""
+def load_model(options: Mapping[str, Any], sequences: int = 1) -> Model:
+    """Load the model that the options name, with progress on stderr; a budget is to hold the
+    contexts of so many sequences."""
     from .. import ui
     from ..model import Model
 
     with ui.progress() as progress:
-        return Model.load(options["model"], progress=progress, **loading(options))
+        given = loading(options) | ({"sequences": sequences} if sequences > 1 else {})
+        return Model.load(options["model"], progress=progress, **given)
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that say how a model is held and helped, as Model.load takes them."""
+    from .. import hub
+
     names = (
         "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
         "speculate",
     )  # fmt: skip
-    return {name: options[name] for name in names}
+    packed = hub.packed_dir() if options["keep_packed"] else None
+    return {name: options[name] for name in names} | {"packed": packed}
 
 
 @contextmanager
-def first_interrupt_stops(run: Generation) -> Iterator[None]:
+def first_interrupt_stops(run: Work) -> Iterator[None]:
     """Within the block the first Ctrl-C ends the generation; the second ends the program.
 
     Signals reach the main thread only: elsewhere the block changes nothing.
@@ -197,9 +203,11 @@ def _state(row: Mapping[str, Any]) -> str:
 
 
 def remove(options: Mapping[str, Any]) -> int:
-    """Delete a downloaded model after a question, or without one after --yes."""
+    """Delete a downloaded model, and what is kept of it packed, after a question, or without one
+    after --yes."""
     from .. import hub
     from ..device import format_size
+    from ..packed_file import remove_orphans
 
     name = options["model"]
     found = next((m for m in hub.installed() if m.name == name), None)
@@ -212,5 +220,6 @@ def remove(options: Mapping[str, Any]) -> int:
         if answer.strip().lower() not in ("y", "yes"):
             print("kept")
             return 1
-    print(f"freed {format_size(hub.remove(name))}")
+    freed = hub.remove(name) + remove_orphans(hub.packed_dir())
+    print(f"freed {format_size(freed)}")
     return 0

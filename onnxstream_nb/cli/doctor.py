@@ -154,6 +154,7 @@ def caches() -> Iterator[Check]:
         f"in part only: {', '.join(partial)}; `onnxstream_nb pull` goes on" if partial else "",
     )
     yield Check("kernel cache", "ok", format_size(_folder_size(folder / "kernels")))
+    yield Check("packed weights", "ok", format_size(_folder_size(hub.packed_dir())))
 
 
 def cuda() -> Iterator[Check]:

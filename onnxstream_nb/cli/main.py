@@ -114,9 +114,27 @@ def parse(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -
             "--ram and --load mmap exclude each other (the system, not the program, decides how"
             " much of a mapped file is resident): drop one, also from ONNXSTREAM_RAM and _LOAD"
         )
+    if name == "generate":
+        _check_prompts(options)
     if options.get("dtype") and not options.get("random_weights"):
         raise UsageError("--dtype is the storage of --random-weights: give both")
     return options
+
+
+def _check_prompts(options: Mapping[str, Any]) -> None:
+    """UsageError unless there is either a prompt or a file of them."""
+    prompt, batch = options["prompt"] is not None, options["batch"] is not None
+    if not prompt and not batch:
+        raise UsageError(
+            "--prompt is missing; give it, or set ONNXSTREAM_PROMPT (--batch FILE for many)"
+        )
+    if prompt and batch:
+        raise UsageError(
+            "--prompt and --batch exclude each other: drop one, also from ONNXSTREAM_PROMPT and"
+            " ONNXSTREAM_BATCH"
+        )
+    if options["batch_size"] is not None and not batch:
+        raise UsageError("--batch-size is for --batch FILE: give both")
 
 
 def overview() -> str:

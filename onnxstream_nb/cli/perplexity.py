@@ -111,8 +111,8 @@ def open_reader(
     report: Report,
 ) -> Reader:
     """The model, open for windows of the size that the options say."""
+    from .. import hub
     from ..formats import load
-    from ..hub import spill_dir
     from ..llm import LanguageModel
     from ..perplexity import Reader
 
@@ -126,7 +126,8 @@ def open_reader(
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
             precision=precision, kv_cache=options["kv_cache"],
-            kv_spill=spill_dir(options["kv_spill"]), progress=report,
+            kv_spill=hub.spill_dir(options["kv_spill"]), progress=report,
+            packed=hub.packed_dir() if options["keep_packed"] else None,
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:

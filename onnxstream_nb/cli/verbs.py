@@ -35,6 +35,13 @@ KV_SPILL = Option(
     text,
     "DIR",
 )
+KEEP_PACKED = Option(
+    ("--keep-packed",),
+    "keep quantised weights on disk once more, packed as they are multiplied: a large model starts"
+    " sooner then, and is streamed without packing it in every pass; deleted with rm MODEL",
+    truth,
+    default=False,
+)
 LOADING = (
     Option(
         ("--load",),
@@ -49,6 +56,7 @@ LOADING = (
     PRECISION,
     KV_CACHE,
     KV_SPILL,
+    KEEP_PACKED,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
 SPECULATION = (
@@ -100,7 +108,21 @@ CHAT = (
     SYSTEM, MAX_TOKENS, *SAMPLING, *LOADING, *SPECULATION, SHOW_PROMPT, TRACE,
 )  # fmt: skip
 GENERATE = (
-    Option(("--prompt",), "the prompt; - reads it from stdin", text, "TEXT", required=True),
+    Option(("--prompt",), "the prompt; - reads it from stdin", text, "TEXT"),
+    Option(
+        ("--batch",),
+        "a file of prompts instead, answered side by side: one a line, or JSON lines with prompt,"
+        " system, max_tokens and id; - reads it from stdin; with --json a line for each reply",
+        text,
+        "FILE",
+    ),
+    Option(
+        ("--batch-size",),
+        "prompts of --batch in a pass; default: 8, or what there is memory for; with more than 8,"
+        " replies may differ in the last bits from those of single runs",
+        whole(1),
+        "N",
+    ),
     SYSTEM,
     Option(("--raw",), "use no chat template", truth, default=False),
     MAX_TOKENS, *SAMPLING, *LOADING, *SPECULATION, SHOW_PROMPT, JSON, TRACE,
@@ -184,7 +206,9 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "chat": Verb("cli.commands:chat", "talk with a model", CHAT, "optional"),
-    "generate": Verb("cli.commands:generate", "complete one prompt", GENERATE, "required"),
+    "generate": Verb(
+        "cli.batch:generate", "complete one prompt, or a file of them", GENERATE, "required"
+    ),
     "bench": Verb("measure:bench", "measure tokens per second", BENCH, "required"),
     "perplexity": Verb(
         "cli.perplexity:perplexity",

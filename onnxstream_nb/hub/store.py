@@ -173,6 +173,11 @@ def spill_dir(given: str | Path | None = None) -> Path | None:
     return None if str(given) == "off" else Path(given).expanduser()
 
 
+def packed_dir() -> Path:
+    """The folder of weights that are kept as they are packed for the kernels."""
+    return cache_dir() / "packed"
+
+
 def slug(name: str) -> str:
     """A file name for a model's name: readable, of bounded length, and never another model's."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80]

@@ -262,6 +262,7 @@ def _bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else rich would take a file's lines to itself
     )
 
 
