@@ -70,9 +70,12 @@ class Peer:
     what it said of itself when its model was loaded. Raises PeerError when it fails.
     """
 
-    def __init__(self, file: str, *arguments: str, threads: int) -> None:
+    def __init__(
+        self, file: str, *arguments: str, threads: int, variables: Mapping[str, str] | None = None
+    ) -> None:
         command = [sys.executable, str(PEERS / file), *arguments, "--threads", str(threads)]
         environment = os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads))
+        environment |= variables or {}
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - close() does
         self._process = subprocess.Popen(
             command, cwd=ROOT, env=environment, text=True, stderr=self._errors,
@@ -151,15 +154,18 @@ def tokens_per_second(peer: Peer, runs: int, **request: Any) -> list[float]:
     return speeds[1:]
 
 
-def parser(description: str | None, models: Sequence[str]) -> argparse.ArgumentParser:
+def parser(
+    description: str | None, models: Sequence[str], *, runs: bool = True
+) -> argparse.ArgumentParser:
     """The arguments that all have: models (a path, a catalogue name, or NAME:DTYPE for its
-    geometry with random weights), runs, threads."""
+    geometry with random weights), runs where there are `runs`, threads."""
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = "a path, a catalogue name, or NAME:DTYPE for its geometry with random weights"
     result.add_argument("models", nargs="*", default=list(models), metavar="MODEL", help=what)
-    result.add_argument("--runs", type=int, default=5, help="timed runs; the median counts")
+    if runs:
+        result.add_argument("--runs", type=int, default=5, help="timed runs; the median counts")
     result.add_argument("--threads", type=int, help="default: the physical cores")
     return result
 

@@ -23,6 +23,7 @@ from .progress import Report, of_download
 
 if TYPE_CHECKING:
     from .llm import LanguageModel
+    from .streaming import StreamProvider
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +196,17 @@ def read_bandwidth(nbytes: int, threads: int) -> float:
         raise UsageError("this installation lacks its ReadBandwidth kernel: install it again")
     room = max(1 << 20, device.memory_available() // 2)
     return float(operator.function(min(nbytes, room), threads))
+
+
+def stream_rate(provider: StreamProvider, seconds: float = 0.2) -> float:
+    """Bytes per second that a stream reads when nobody computes: through its own buffers, with as
+    many reads under way. Whole passes, for at least so many seconds; 0.0 when nothing is read."""
+    if not provider.bytes_a_pass:
+        return 0.0
+    before, started = provider.bytes_read, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        provider.read_through()
+    return (provider.bytes_read - before) / passed
 
 
 def decode_share(results: Sequence[Result], per_token: int, bandwidth: float) -> float | None:

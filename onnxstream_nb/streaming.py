@@ -313,6 +313,11 @@ class StreamProvider:
         return self._ring.pass_read
 
     @property
+    def waited(self) -> float:
+        """Seconds that passes have waited for the disk so far."""
+        return self._ring.waited
+
+    @property
     def reading(self) -> str:
         """The weight that was read last."""
         return self._ring.reading
@@ -342,6 +347,14 @@ class StreamProvider:
         """A pass begins. Its order is that of the weights this provider was made for."""
         self._disk.prefetch(refs)
         self._ring.begin(self._order)
+
+    def read_through(self) -> None:
+        """A pass in which all is read as ever, and nothing is computed: what the disk can do."""
+        self._ring.begin(self._order)
+        for piece in self._order:
+            taken = self._ring.take(piece)
+            if taken is not None:
+                self._ring.give_back(taken[0])
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: a piece is let go when the next one is asked for."""

@@ -150,7 +150,9 @@ def test_a_slow_token_says_what_it_waits_for(at_terminal: Callable[..., PseudoTe
     assert re.match(r"[12]\.\d\d GB/s · at most 1:\d\d:\d\d left\x1b\[0m\r", chat.expect("\n"))
     chat.expect("\r\x1b[2A\x1b[JHI\r\n")
     chat.expect("streamed ")
-    assert re.match(r"\d+\.\d GB at [12]\.\d+ GB/s · peak", chat.expect("MB"))
+    streamed = chat.expect("MB")
+    chat.expect(">>>")
+    assert re.match(r"\d+\.\d GB at [12]\.\d+ GB/s · peak", streamed)
     chat.send("\x04")
     assert chat.wait() == 0
 

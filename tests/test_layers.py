@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
         "registry", "trace", "passes", "kvcache", "packed_file", PACKAGE,
     },
-    "measure": {"hub", "ui", "llm", "formats", "passes", "registry", "packed_file", PACKAGE},
+    "measure": {
+        "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,
+    },
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),
     "model": {"hub", "llm", "tokenizer", "sampling"},

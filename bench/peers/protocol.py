@@ -40,6 +40,10 @@ class Engine:
         """Forget all but the first `length` tokens."""
         raise NotImplementedError
 
+    def respond(self, do: str, **request: Any) -> dict[str, Any]:
+        """A request of this engine's own."""
+        raise ValueError(f"no such request: {do}")
+
     def facts(self) -> dict[str, Any]:
         """More about the model, for the parent."""
         return {}
@@ -142,7 +146,7 @@ def respond(engine: Engine, do: str, request: dict[str, Any]) -> dict[str, Any]:
         return {"ids": engine.greedy(**request)}
     if do == "memory":
         return {"peak_run_bytes": peak_rss()}
-    raise ValueError(f"no such request: {do}")
+    return engine.respond(do, **request)
 
 
 def described(error: Exception) -> str:
