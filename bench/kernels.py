@@ -114,9 +114,8 @@ def row(width: int) -> np.ndarray[Any, Any]:
 
 def attention(depth: int) -> Any:
     """One layer's attention over a cache of its own with `depth` positions."""
-    slots = [KVSlot(kind, KV_HEADS, SIZE) for kind in ("key", "value")]
+    slots = [KVSlot(kind, KV_HEADS, SIZE, positions=depth + 1) for kind in ("key", "value")]
     for slot in slots:
-        slot.reserve(depth + 1)
         slot.array[:] = row(slot.array.size).reshape(slot.array.shape)
         slot.length = depth
     return lowered(

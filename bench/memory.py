@@ -2,7 +2,7 @@
 
     python bench/memory.py [MODEL ...] [--prompt 512] [--gen 32] [--load auto]
 
-The bound is the file's weights, the cache as large as it grows, and BASE for the interpreter, the
+The bound is the file's weights, the cache as far as it is filled, and BASE for the interpreter, the
 compiled kernels, the tokenizer and a pass's activations.
 """
 
@@ -23,7 +23,7 @@ DEFAULT = ["smollm2-135m", *(f"tinyllama:{dtype}" for dtype in DTYPES)]
 
 
 def expected(path: Path, positions: int) -> tuple[int, int]:
-    """Bytes of the weights, each once, and of a cache that has grown to so many positions."""
+    """Bytes of the weights, each once, and of a cache of so many positions."""
     from onnxstream_nb import formats, passes
     from onnxstream_nb.kvcache import bytes_at
     from onnxstream_nb.measure import weights_size

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
+from .buffers import computed, contiguous
 from .dtypes import numeric
 from .elementwise import swish
 from .mapping import LARGE, SMALL, lower_binary, map_broadcast, map_unary
@@ -49,7 +50,7 @@ def mapped(kernel, function):
             out = map_broadcast(kernel, a, b)
             if out is not None:
                 return out
-        return function(a, b)
+        return computed(function, a, b)
 
     return run
 
@@ -79,7 +80,7 @@ for _name, _kernel, _function in (
 def _compared(function):
     def run(a, b):
         """a (...), b (...) -> (...) bool."""
-        return np.asarray(function(a, b), bool)
+        return np.asarray(computed(function, a, b), bool)
 
     return checked(run)
 
@@ -167,7 +168,7 @@ def where(condition, x, y):
     """condition (...) bool, x (...), y (...) -> (...): x where it holds, else y."""
     if x.dtype == np.float32 == y.dtype and max(condition.size, x.size, y.size) >= SMALL:
         shape = np.broadcast_shapes(condition.shape, x.shape, y.shape)
-        condition = np.ascontiguousarray(np.broadcast_to(condition, shape))
+        condition = contiguous(np.broadcast_to(condition, shape))
         out = map_broadcast(where_f32, x, y, condition)
         if out is not None:
             return out

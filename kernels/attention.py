@@ -10,14 +10,11 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .buffers import empty
-from .cache import AT, cache_append
-from .decode_attention import attention_decode, partial_bytes
-from .decode_attention import scratch_bytes as decode_scratch_bytes
-from .flash import BEFORE, BYTE, CAUSAL, HALF
-from .flash_bf16 import BY_PRECISION
-from .lowered import Rows, plain
-from .threads import precision, team
+from .attention_calls import cached_rows, prompt_rows
+from .buffers import contiguous, empty
+from .flash import BEFORE, CAUSAL
+from .lowered import plain
+from .spilled_attention import spilled_rows
 
 NONE = np.float32(-np.inf)
 USES = ("attention_{precision}", "attention_decode", "cache_append")
@@ -32,17 +29,19 @@ def _heads(x, heads):
                 "q_num_heads and kv_num_heads are needed for 3-D inputs"
             )
         x = x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(0, 2, 1, 3)
-    x = x if x.dtype == np.float32 else x.astype(np.float32)
-    return x if x.strides[3] == 4 else np.ascontiguousarray(x)
+    return x if x.dtype == np.float32 and x.strides[3] == 4 else contiguous(x, np.float32)
 
 
 def _blocked_keys(k):
     """(B, KV, S, D) -> (B, KV, S / 32, D, 32), S padded with zeros."""
     b, heads, s, d = k.shape
-    keys = np.zeros((b, heads, -(-s // 32) * 32, d), np.float32)
-    keys[:, :, :s] = k
-    blocks = keys.reshape(b, heads, keys.shape[2] // 32, 32, d).swapaxes(3, 4)
-    return np.ascontiguousarray(blocks)
+    blocks, whole = empty((b, heads, -(-s // 32), d, 32)), s // 32
+    for i in range(whole):
+        blocks[:, :, i] = k[:, :, 32 * i : 32 * i + 32].swapaxes(2, 3)
+    if whole < blocks.shape[2]:
+        blocks[:, :, whole] = 0
+        blocks[:, :, whole, :, : s % 32] = k[:, :, 32 * whole :].swapaxes(2, 3)
+    return blocks
 
 
 def _additive(mask, keys):
@@ -72,91 +71,16 @@ def _limits(batch, queries, keys, before, is_causal, lengths, left, right):
     return np.where(allowed, np.float32(0), NONE)
 
 
-def _mask_view(mask, shape):
-    """(address, strides of batch, head and row) of a mask broadcast to (B, H, T, S)."""
-    if mask is None:
-        return None, (0, 0, 0, 0)
-    # Keys must be contiguous; the other axes may repeat.
-    if mask.shape[-1] != shape[-1] or mask.strides[-1] != 4:
-        mask = np.ascontiguousarray(np.broadcast_to(mask, (*mask.shape[:-1], shape[-1])))
-    wide = np.broadcast_to(mask, shape)
-    return mask, (wide.ctypes.data, *wide.strides[:3])
-
-
-def _rows(q, kv_heads, stored, count, value_size, mask, scale, softcap, options):
-    """The call that computes (B, T, H, E) float32; `stored` are the kernel's K .. SCALES_HEAD."""
-    b, h, t, d = q.shape
-    out = empty((b, t, h, value_size))
-    if 0 in out.shape:
-        return Rows((out,), [])
-    mask, view = _mask_view(mask, (b, h, t, count))
-    numbers = np.array([scale, softcap])
-    attention, scratch_bytes = BY_PRECISION[precision()]
-    scratch, each, held = team().scratch(scratch_bytes(d, value_size))
-    y = out.strides
-    call = (
-        attention, q.ctypes.data, *q.strides[:3], *stored, out.ctypes.data, y[0], y[2], y[1],
-        *view, b, kv_heads, h // kv_heads, t, count, d, value_size, options, numbers.ctypes.data,
-        scratch, each,
-    )  # fmt: skip
-    return Rows((out,), [call], keep=(q, mask, numbers, held))
-
-
 def _plain(q, k, v, mask, scale, softcap, options):
     """The calls for attention over arrays."""
-    v = v if v.strides[3] == 4 else np.ascontiguousarray(v)
+    v = v if v.strides[3] == 4 else contiguous(v)
     keys = _blocked_keys(k)
     stored = (keys.ctypes.data, *keys.strides[:2], v.ctypes.data, *v.strides[:2], 128, v.strides[2],
               0, 0, 0)  # fmt: skip
-    rows = _rows(q, k.shape[1], stored, k.shape[2], v.shape[3], mask, scale, softcap, options)
+    out = empty((len(q), q.shape[2], q.shape[1], v.shape[3]))
+    rows = prompt_rows(q, k.shape[1], stored, k.shape[2], out, mask, scale, softcap, options)
     rows.keep += (keys, v)
     return rows
-
-
-def _append(k, v, past_key, past_value):
-    """The arguments of what writes k (1, KV, T, D) and v (1, KV, T, E) behind a cache's content."""
-    at, (_, heads, tokens, size) = past_key.length, k.shape
-    past_key.reserve(at + tokens)
-    past_value.reserve(at + tokens)
-    return (
-        k.ctypes.data, *k.strides[1:3], v.ctypes.data, *v.strides[1:3], past_key.address,
-        past_value.address, past_key.scales_address, past_value.scales_address, heads, tokens, size,
-        v.shape[3], past_key.capacity, at, past_key.quantised,
-    )  # fmt: skip
-
-
-def _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal):
-    """The calls for attention over a cache that grows in place."""
-    append = _append(k, v, past_key, past_value)
-    if q.shape[2] == k.shape[2] == 1:
-        return _decode(q, append, (k, v), mask, scale, softcap)
-    before, (_, heads, tokens, size) = past_key.length, k.shape
-    options = BYTE if past_key.quantised else HALF
-    if is_causal:
-        options |= CAUSAL | before << BEFORE
-    capacity, width = past_key.capacity, past_key.array.itemsize
-    stored = (
-        past_key.address, 0, width * size * capacity, past_value.address, 0,
-        width * past_value.padded * capacity, 32 * width * capacity, 32 * width,
-        past_key.scales_address, past_value.scales_address, 4 * capacity,
-    )  # fmt: skip
-    rows = _rows(q, heads, stored, before + tokens, v.shape[3], mask, scale, softcap, options)
-    return Rows(rows.outputs, [(cache_append, *append), *rows.calls], keep=(k, v, *rows.keep))
-
-
-def _decode(q, append, new, mask, scale, softcap):
-    """The call for one token, which sees all keys; it can be run again a position further."""
-    (_, h, _, d), (_, kv_heads, _, value_size) = q.shape, new[1].shape
-    out = np.empty((1, 1, h, value_size), np.float32)
-    group, padded = h // kv_heads, -(-value_size // 32) * 32
-    mask, view = _mask_view(mask, (1, h, 1, append[AT] + 1))
-    numbers, done = np.array([scale, softcap]), np.zeros(1, np.int64)
-    scratch, each, held = team().scratch(decode_scratch_bytes(kv_heads, group, d, padded))
-    call = (
-        attention_decode, *append, q.ctypes.data, q.strides[1], out.ctypes.data, view[0], view[2],
-        group, numbers.ctypes.data, done.ctypes.data, partial_bytes(group, padded), scratch, each,
-    )  # fmt: skip
-    return Rows((out,), [call], ((0, AT, 1),), keep=(q, *new, mask, numbers, done, held))
 
 
 def lower_attention(
@@ -164,17 +88,17 @@ def lower_attention(
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
     n_outputs=1,
 ):  # fmt: skip
-    """One token, 3-D inputs, and a cache that has slots."""
-    slots = past_key is not None and not isinstance(past_key, np.ndarray)
-    if not slots or attn_mask is not None or q.ndim != 3 or q.shape[:2] != (1, 1):
+    """The next token of each sequence, 3-D inputs, and a cache that has slots in memory."""
+    tokens = getattr(past_key, "tokens", 0)
+    if not tokens or past_key.on_disk or attn_mask is not None or q.ndim != 3:
         return None
-    if n_outputs > 3 or k.shape[1] != 1 or not plain(q, k, v):
+    if n_outputs > 3 or not q.shape[1] == k.shape[1] == tokens or not plain(q, k, v):
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
-    rows = _cached(*heads, past_key, past_value, None, scale, softcap, is_causal)
-    y = rows.outputs[0].reshape(1, 1, -1)
-    presents = [slot.advanced(slot.length + 1) for slot in (past_key, past_value)]
+    rows = cached_rows(*heads, past_key, past_value, None, scale, softcap, is_causal)
+    y = rows.outputs[0].reshape(1, tokens, -1)
+    presents = [slot.advanced(slot.shape[2] + tokens) for slot in (past_key, past_value)]
     rows.outputs = (y, *presents)[:n_outputs]
     return rows
 
@@ -246,7 +170,8 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
         limits = _limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
         mask, is_causal = limits if mask is None else mask + limits, 0
     if past_key is not None and not isinstance(past_key, np.ndarray):
-        y = _cached(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
+        rows = spilled_rows if past_key.on_disk else cached_rows
+        y = rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
         present_key, present_value = past_key.advanced(count), past_value.advanced(count)
     else:
         if past_key is not None:
@@ -262,6 +187,6 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     if flat:
         y = y.reshape(*y.shape[:2], y.shape[2] * y.shape[3])
     else:
-        y = np.ascontiguousarray(y.transpose(0, 2, 1, 3))
+        y = contiguous(y.transpose(0, 2, 1, 3))
     outputs = (y.astype(dtype, copy=False), present_key, present_value, scores)
     return outputs[0] if n_outputs == 1 else outputs[:n_outputs]

@@ -6,6 +6,7 @@ Dims: any shape (...), which the result has too.
 import numpy as np
 
 from ..registry import op
+from .buffers import contiguous
 from .dtypes import numpy_dtype
 from .mapping import SMALL, map_unary
 from .pointwise import float_to_half, half_to_float
@@ -50,7 +51,7 @@ def convert(x, dtype, saturate=1, round_mode="up"):
             x = np.clip(x.astype(np.float32), -limit, limit)
         if dtype.name == "float8_e8m0fnu":
             x = _powers_of_two(x.astype(np.float32), round_mode)
-        return x.astype(dtype)
+        return contiguous(x, dtype)
 
 
 USES = ("half_to_float", "float_to_half")

@@ -168,5 +168,8 @@ def serve():
     """The child's side: compile the kernels named on standard input, one a line."""
     for line in sys.stdin:
         name = line.strip()
-        kernels()[name].address  # noqa: B018 - compiles and saves
+        try:
+            kernels()[name].address  # noqa: B018 - compiles and saves
+        except OSError as error:
+            sys.exit(f"{error}; free some space there, or set ONNXSTREAM_CACHE to another folder")
         print(name, flush=True)

@@ -9,6 +9,9 @@ heads there are and however long the context is. A thread leaves a partial resul
 its range: results (G, E), `sums` (G, 16), `best` (G). The thread that is done last combines them,
 always in the same order.
 
+A cache that is on disk comes in slices: of each thread's range a piece, from where the last one
+ended. The pieces' lengths are multiples of KEYS, so that the results are the same to the last bit.
+
 Source: Dao et al., "Flash-Decoding" (2023), for cutting along the keys.
 """
 
@@ -27,7 +30,13 @@ from .vector import (
 )  # fmt: skip
 
 # Arguments of the kernel, in order: those of cache_append, then these. Strides are in bytes.
-Q, Q_HEAD, Y, MASK, MASK_HEAD, GROUP, NUMBERS, DONE, PARTIAL, SCRATCH, EACH = range(17, 28)
+Q, Q_HEAD, Y, MASK, MASK_HEAD, GROUP, NUMBERS, DONE, PARTIAL, SCRATCH, EACH, PIECES, LAST = range(
+    17, 30
+)
+# PIECES is 0, or a table of a piece for each thread or none, whose results are put together when
+# they are the LAST. Its columns: the same, with K, V and scales where position 0 of head 0 would
+# be; then the piece, whether it is the first of its head, and where its partial result is.
+HEAD, START, STOP, FRESH, RESULT, PIECE_COLUMNS = range(30, 36)
 
 
 def partial_bytes(group, padded):
@@ -103,13 +112,14 @@ def block(args, head, first, rows, start, count, queries, scores, partial):
 
 
 @jit
-def segment(args, head, start, stop, scratch, partial):
-    """Keys start .. stop of one key/value head -> its partial result."""
+def segment(args, head, start, stop, scratch, partial, fresh):
+    """Keys start .. stop of one key/value head -> its partial result, which may be there for the
+    keys before unless `fresh`."""
     group, size = arg(args, GROUP), arg(args, SIZE)
     padded = (arg(args, VALUE_SIZE) + 31) // 32 * 32
     sums, best = partial + 4 * group * padded, partial + 4 * group * (padded + 16)
     pack_queries(args, head, scratch)
-    for i in range(group):
+    for i in range(group if fresh else 0):
         begin(best + 4 * i, sums + 64 * i, partial + 4 * padded * i, 128, padded)
     scores = scratch + 4 * group * size
     for at in range(start, stop, KEYS):
@@ -145,14 +155,10 @@ def merge(args, blocks, threads):
             part += arg(args, PARTIAL)
 
 
-@kernel
-def attention_decode(args, thread, threads):
-    """Q (H, D) over K (KV, S, D), V (KV, S, E) -> Y (H, E); the last key and value are new.
-
-    args: as listed above; what they have new goes into the cache first, as position S - 1.
-    """
+@jit
+def whole_range(args, blocks, thread, threads):
+    """All of a thread's range, in a cache to which the new key and value are written first."""
     count, heads = arg(args, AT) + 1, arg(args, KV_HEADS)
-    blocks = (count + 31) // 32
     total = heads * blocks
     start, stop = total * thread // threads, total * (thread + 1) // threads
     partial = arg(args, SCRATCH) + arg(args, EACH) * thread
@@ -163,9 +169,36 @@ def attention_decode(args, thread, threads):
         if end == (head + 1) * blocks:
             store_position(args, head, 0, count - 1)
         first = 32 * (start - head * blocks)
-        segment(args, head, first, min(count, 32 * (end - head * blocks)), scratch, partial)
+        last = min(count, 32 * (end - head * blocks))
+        segment(args, head, first, last, scratch, partial, True)
         partial += arg(args, PARTIAL)
         start = end
+
+
+@jit
+def piece(row, thread):
+    """A piece of a thread's range, of one head, in memory of its own."""
+    if arg(row, START) < arg(row, STOP):
+        scratch = arg(row, SCRATCH) + arg(row, EACH) * thread
+        scratch += arg(row, PARTIAL) * arg(row, KV_HEADS)
+        segment(row, arg(row, HEAD), arg(row, START), arg(row, STOP), scratch, arg(row, RESULT),
+                arg(row, FRESH) != 0)  # fmt: skip
+
+
+@kernel
+def attention_decode(args, thread, threads):
+    """Q (H, D) over K (KV, S, D), V (KV, S, E) -> Y (H, E); the last key and value are new.
+
+    args: as listed above; what they have new goes into the cache first, as position S - 1, unless
+    they have PIECES.
+    """
+    blocks = (arg(args, AT) + 32) // 32
+    if arg(args, PIECES):
+        piece(arg(args, PIECES) + 8 * PIECE_COLUMNS * thread, thread)
+        if not arg(args, LAST):
+            return
+    else:
+        whole_range(args, blocks, thread, threads)
     if atomic_add(arg(args, DONE), 1) == threads - 1:
         atomic_store(arg(args, DONE), 0)
         merge(args, blocks, threads)

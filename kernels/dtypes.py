@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..graph import DTYPES
+from .buffers import contiguous
 
 
 @cache
@@ -46,8 +47,9 @@ def numeric(function):
             if not is_half(dtype):
                 return np.asarray(function(*inputs, **attributes))
             wide = [
-                i.astype(np.float32) if i is not None and i.dtype == dtype else i for i in inputs
+                contiguous(i, np.float32) if i is not None and i.dtype == dtype else i
+                for i in inputs
             ]
-            return np.asarray(function(*wide, **attributes)).astype(dtype)
+            return contiguous(np.asarray(function(*wide, **attributes)), dtype)
 
     return run

@@ -8,9 +8,10 @@ import math
 import numpy as np
 
 from ..registry import op
+from .buffers import computed
 from .dtypes import numeric
 from .lowered import plain
-from .mapping import LARGE, SMALL, lower_unary, map_unary, unary_rows
+from .mapping import LARGE, lower_unary, map_unary, unary_rows
 from .pointwise import (
     erf_f32, exponential_f32, gelu_f32, gelu_tanh_f32, negative_f32, reciprocal_f32, relu_f32,
     sigmoid_f32, square_root_f32, swish_f32, tanh_f32,
@@ -28,23 +29,26 @@ def _relu(x):
 
 
 def mapped(kernel, function, much):
-    """An operator of one input: the kernel for `much` float32, the NumPy function otherwise."""
+    """An operator of one input: the kernel for `much` float32, the NumPy function otherwise.
+
+    `much` is 0 where the two round differently.
+    """
 
     @numeric
     def run(x):
         """x (...) -> (...)."""
         if x.dtype == np.float32 and x.size >= much:
             return map_unary(kernel, x)
-        return function(x)
+        return computed(function, x)
 
     return run
 
 
 for _name, _kernel, _function, _much in (
-    ("Exp", exponential_f32, np.exp, SMALL), ("Neg", negative_f32, np.negative, LARGE),
+    ("Exp", exponential_f32, np.exp, 0), ("Neg", negative_f32, np.negative, LARGE),
     ("Reciprocal", reciprocal_f32, np.reciprocal, LARGE), ("Relu", relu_f32, _relu, LARGE),
-    ("Sigmoid", sigmoid_f32, _sigmoid, SMALL), ("Sqrt", square_root_f32, np.sqrt, LARGE),
-    ("Tanh", tanh_f32, np.tanh, SMALL),
+    ("Sigmoid", sigmoid_f32, _sigmoid, 0), ("Sqrt", square_root_f32, np.sqrt, LARGE),
+    ("Tanh", tanh_f32, np.tanh, 0),
 ):  # fmt: skip
     op(_name, since=6, uses=(_kernel.name,), lower=lower_unary(_kernel))(
         mapped(_kernel, _function, _much)
@@ -54,7 +58,7 @@ for _name, _kernel, _function, _much in (
 def _single(function):
     def run(x):
         """x (...) -> (...)."""
-        return function(x)
+        return computed(function, x)
 
     return run
 
@@ -72,10 +76,15 @@ for _name, _since, _function in (
     op(_name, since=_since)(numeric(_single(_function)))
 
 for _name, _since, _function in (
-    ("BitwiseNot", 18, np.invert), ("Identity", 1, lambda x: x), ("IsNaN", 9, np.isnan),
-    ("Not", 1, np.logical_not),
+    ("BitwiseNot", 18, np.invert), ("IsNaN", 9, np.isnan), ("Not", 1, np.logical_not),
 ):  # fmt: skip
     op(_name, since=_since)(_single(_function))
+
+
+@op("Identity", since=1, view=True)
+def identity(x):
+    """x (...) -> x itself."""
+    return x
 
 
 @op("Erf", since=9, uses=("erf_f32",), lower=lower_unary(erf_f32))
@@ -111,7 +120,7 @@ def lower_swish(x, *, alpha=1.0):
 @numeric
 def swish(x, *, alpha=1.0):
     """x (...) -> (...), x sigmoid(alpha x)."""
-    if x.dtype == np.float32 and x.size >= SMALL:
+    if x.dtype == np.float32:
         return map_unary(swish_f32, x, alpha)
     return x * _sigmoid(alpha * x)
 

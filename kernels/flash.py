@@ -27,19 +27,26 @@ UNIT_ROWS = 192
 (Q, Q_BATCH, Q_HEAD, Q_TOKEN, K, K_BATCH, K_HEAD, V, V_BATCH, V_HEAD, V_PANEL, V_ROW,
  K_SCALES, V_SCALES, SCALES_HEAD, Y, Y_BATCH, Y_HEAD, Y_TOKEN,
  MASK, MASK_BATCH, MASK_HEAD, MASK_ROW, BATCH, KV_HEADS, GROUP, QUERIES, KEY_COUNT, SIZE,
- VALUE_SIZE, OPTIONS, NUMBERS, SCRATCH, EACH,
- ) = range(34)  # fmt: skip
+ VALUE_SIZE, OPTIONS, NUMBERS, SCRATCH, EACH, FIRST_KEY, LAST_KEY, STATE, STATE_EACH,
+ ) = range(38)  # fmt: skip
 # Bits of OPTIONS: how keys and values are stored (float32 when neither), and a causal limit, with
 # the number of keys before the first query in bits BEFORE..
 HALF, BYTE, CAUSAL, BEFORE = 1, 2, 4, 3
+# A call may take the keys FIRST_KEY .. LAST_KEY only, the first a multiple of KEYS. K, V and scales
+# are where position 0 would be then, and STATE, STATE_EACH bytes a unit, keeps what the call for
+# the next slice of the keys goes on with; the last one writes Y.
+
+
+def state_bytes(value_size):
+    """Bytes of a unit's results, its sums and its maxima."""
+    return 4 * UNIT_ROWS * ((value_size + 31) // 32 * 32 + 17)
 
 
 def scratch_bytes(size, value_size):
-    """Bytes a thread needs: packed queries, keys and values of a block, scores, a unit's results,
-    its sums and its maxima."""
+    """Bytes a thread needs: packed queries, keys and values of a block, scores, a unit's state."""
     padded = (value_size + 31) // 32 * 32
-    rows = size * UNIT_ROWS + MANY_ROWS * KEYS + UNIT_ROWS * (padded + 17)
-    return 4 * (rows + KEYS * (size + padded))
+    rows = size * UNIT_ROWS + MANY_ROWS * KEYS
+    return 4 * (rows + KEYS * (size + padded)) + state_bytes(value_size)
 
 
 @jit
@@ -162,25 +169,32 @@ def write(args, batch, head, first, rows, sums, result, stride, apart):
 
 
 @jit
-def attend(args, batch, head, first, rows, scratch):
-    """All keys for rows first .. first + rows of one key/value head, a block after the other."""
+def state_of(args, unit, own):
+    """Where a unit's results, sums and maxima are: `own`, if no later call needs them."""
+    state = arg(args, STATE)
+    return state + arg(args, STATE_EACH) * unit if state else own
+
+
+@jit
+def attend(args, batch, head, first, rows, unit, scratch):
+    """The keys for rows first .. first + rows of one key/value head, a block after the other."""
     size, width = arg(args, SIZE), (arg(args, VALUE_SIZE) + 31) // 32 * 32
     options = arg(args, OPTIONS)
     keys = scratch + 4 * size * UNIT_ROWS
     values = keys + 4 * KEYS * size
     scores = values + 4 * KEYS * width
-    result = scores + 4 * MANY_ROWS * KEYS
+    result = state_of(args, unit, scores + 4 * MANY_ROWS * KEYS)
     sums = result + 4 * UNIT_ROWS * width
     best = sums + 64 * UNIT_ROWS
     padded = (rows + MANY_ROWS - 1) // MANY_ROWS * MANY_ROWS
     pack_queries(args, batch, head, first, padded, scratch)
-    for i in range(padded):
+    for i in range(0 if arg(args, FIRST_KEY) else padded):
         begin(best + 4 * i, sums + 64 * i, result + 4 * width * i, 128, width)
     stored = arg(args, K) + arg(args, K_BATCH) * batch + arg(args, K_HEAD) * head
     scales = arg(args, K_SCALES) + arg(args, SCALES_HEAD) * head
     element = 2 if options & HALF else 1 if options & BYTE else 4
-    stop = seen(args, first + rows - 1, 0, arg(args, KEY_COUNT))
-    for start in range(0, stop, KEYS):
+    stop = min(seen(args, first + rows - 1, 0, arg(args, KEY_COUNT)), arg(args, LAST_KEY))
+    for start in range(arg(args, FIRST_KEY), stop, KEYS):
         count = min(KEYS, stop - start)
         block = stored + element * size * start
         if element == 4:
@@ -194,7 +208,8 @@ def attend(args, batch, head, first, rows, scratch):
             state = best + 4 * i, sums + 64 * i, result + 4 * width * i
             step(args, batch, head, first + i, min(MANY_ROWS, rows - i), start,
                  scratch + 4 * size * i, keys, values, scores, state)  # fmt: skip
-    write(args, batch, head, first, rows, sums, result, 4 * width, 128)
+    if arg(args, LAST_KEY) == arg(args, KEY_COUNT):
+        write(args, batch, head, first, rows, sums, result, 4 * width, 128)
 
 
 @jit
@@ -226,4 +241,4 @@ def attention_exact(args, thread, threads):
         if unit < heads * units:
             head, first = unit // units, unit % units * rows
             attend(args, head // arg(args, KV_HEADS), head % arg(args, KV_HEADS), first,
-                   min(rows, total - first), scratch)  # fmt: skip
+                   min(rows, total - first), unit, scratch)  # fmt: skip

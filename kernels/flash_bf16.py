@@ -16,10 +16,10 @@ from . import flash
 from .attention_softmax import add_mask, at, begin, hide, soften, weigh
 from .attention_tile import KEYS
 from .flash import (
-    BATCH, BYTE, EACH, GROUP, HALF, K, K_BATCH, K_HEAD, K_SCALES, KEY_COUNT, KV_HEADS, MASK,
-    NUMBERS, OPTIONS, Q, Q_BATCH, Q_HEAD, Q_TOKEN, QUERIES, SCALES_HEAD, SCRATCH, SIZE, UNIT_ROWS,
-    V, V_BATCH, V_HEAD, V_PANEL, V_ROW, V_SCALES, VALUE_SIZE, attention_exact, is_hidden, mask_row,
-    seen, unit_of, unit_rows, write,
+    BATCH, BYTE, EACH, FIRST_KEY, GROUP, HALF, K, K_BATCH, K_HEAD, K_SCALES, KEY_COUNT, KV_HEADS,
+    LAST_KEY, MASK, NUMBERS, OPTIONS, Q, Q_BATCH, Q_HEAD, Q_TOKEN, QUERIES, SCALES_HEAD, SCRATCH,
+    SIZE, UNIT_ROWS, V, V_BATCH, V_HEAD, V_PANEL, V_ROW, V_SCALES, VALUE_SIZE, attention_exact,
+    is_hidden, mask_row, seen, state_bytes, state_of, unit_of, unit_rows, write,
 )  # fmt: skip
 from .gemm_bf16 import multiply
 from .jit import arg, arg_float, jit, kernel
@@ -38,10 +38,10 @@ WEIGHTS_APART = BLOCK_BYTES * (KEYS // 32)
 
 def scratch_bytes(size, value_size):
     """Bytes a thread needs: packed queries, keys and values of a block, scores, weights, a unit's
-    results, its sums and its maxima."""
+    state."""
     wide, padded = (size + 31) // 32 * 32, (value_size + 31) // 32 * 32
     packed = 2 * (wide * UNIT_ROWS + KEYS * (wide + padded) + STEP * KEYS)
-    return packed + 4 * (STEP * KEYS + UNIT_ROWS * (padded + 17))
+    return packed + 4 * STEP * KEYS + state_bytes(value_size)
 
 
 @jit
@@ -160,25 +160,25 @@ def step(args, batch, head, first, rows, start, queries, keys, values, scores, s
 
 
 @jit
-def attend(args, batch, head, first, rows, scratch):
-    """All keys for rows first .. first + rows of one key/value head, a block after the other."""
+def attend(args, batch, head, first, rows, unit, scratch):
+    """The keys for rows first .. first + rows of one key/value head, a block after the other."""
     size, width = arg(args, SIZE), (arg(args, VALUE_SIZE) + 31) // 32 * 32
     options, wide = arg(args, OPTIONS), (arg(args, SIZE) + 31) // 32 * 32
     keys = scratch + 2 * wide * UNIT_ROWS
     values = keys + 2 * KEYS * wide
     scores = values + 2 * KEYS * width
-    result = scores + 6 * STEP * KEYS
+    result = state_of(args, unit, scores + 6 * STEP * KEYS)
     sums = result + 4 * UNIT_ROWS * width
     best = sums + 64 * UNIT_ROWS
     padded = (rows + STEP - 1) // STEP * STEP
     pack_queries(args, batch, head, first, padded, scratch)
-    for i in range(padded):
+    for i in range(0 if arg(args, FIRST_KEY) else padded):
         begin(best + 4 * i, sums + 64 * i, result + 128 * i, RESULT_APART, width)
     element = 2 if options & HALF else 1 if options & BYTE else 4
     stored = arg(args, K) + arg(args, K_BATCH) * batch + arg(args, K_HEAD) * head
     scales = arg(args, K_SCALES) + arg(args, SCALES_HEAD) * head
-    stop = seen(args, first + rows - 1, 0, arg(args, KEY_COUNT))
-    for start in range(0, stop, KEYS):
+    stop = min(seen(args, first + rows - 1, 0, arg(args, KEY_COUNT)), arg(args, LAST_KEY))
+    for start in range(arg(args, FIRST_KEY), stop, KEYS):
         count = min(KEYS, stop - start)
         for j in range(0, count, 32):
             pair_keys(options, stored + element * size * (start + j), scales + 4 * (start + j),
@@ -188,7 +188,8 @@ def attend(args, batch, head, first, rows, scratch):
             state = best + 4 * i, sums + 64 * i, result + 128 * i
             step(args, batch, head, first + i, min(STEP, rows - i), start, scratch + 2 * wide * i,
                  keys, values, scores, state)  # fmt: skip
-    write(args, batch, head, first, rows, sums, result, 128, RESULT_APART)
+    if arg(args, LAST_KEY) == arg(args, KEY_COUNT):
+        write(args, batch, head, first, rows, sums, result, 128, RESULT_APART)
 
 
 @kernel
@@ -207,7 +208,7 @@ def attention_bf16(args, thread, threads):
         if unit < heads * units:
             head, first = unit // units, unit % units * rows
             attend(args, head // arg(args, KV_HEADS), head % arg(args, KV_HEADS), first,
-                   min(rows, total - first), scratch)  # fmt: skip
+                   min(rows, total - first), unit, scratch)  # fmt: skip
     tiles_end()
 
 

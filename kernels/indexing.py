@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
+from .buffers import empty
 from .shape import ints
 from .weight import USES, decode, decode_rows, is_plain
 
@@ -30,10 +31,13 @@ def gather(data, indices, *, axis=0):
         flat = np.ascontiguousarray(wanted).reshape(-1)
         if rows and not is_plain(data):
             return decode_rows(data, flat).reshape(*wanted.shape, data.shape[1])
-        if rows and data.read_rows is not None and flat.size:
+        if rows and data.read_rows is not None:
             return data.read_rows(flat).view(data.dtype).reshape(*wanted.shape, data.shape[1])
         data = decode(data)
-    return np.asarray(np.take(data, wanted, axis))
+    if data.dtype.hasobject:
+        return np.asarray(np.take(data, wanted, axis))
+    out = empty((*data.shape[:axis], *wanted.shape, *data.shape[axis + 1 :]), data.dtype)
+    return np.take(data, wanted, axis, out=out, mode="clip")  # without, NumPy makes a copy
 
 
 def _element_grid(name, data, indices, axis):

@@ -34,7 +34,7 @@ class Rows:
 
     def run(self):
         """Run the calls now; the outputs, alone when there is one."""
-        team().run(self.calls)
+        team().run(self.calls, self.serial)
         return self.outputs[0] if len(self.outputs) == 1 else self.outputs
 
 
@@ -72,3 +72,9 @@ class Table:
 def table(parts):
     """A table of lowered operators."""
     return Table(parts)
+
+
+@op("FewRows", domain="onnxstream_nb")
+def few_rows():
+    """How many rows at most are computed as if each were alone."""
+    return FEW_ROWS

@@ -5,35 +5,36 @@ Dims: any shape (...); R rows of C columns, over which an operand may be broadca
 
 import numpy as np
 
-from .buffers import empty
+from .buffers import contiguous, empty
 from .jit import float_bits
 from .lowered import Rows, plain
 from .simd import JIT
 from .threads import team
 
 SMALL, LARGE = 1 << 13, 1 << 17
-"""Below this many elements NumPy is done before a kernel has been dispatched: for functions that
-take some computing, and for those that run at memory speed."""
+"""Elements below which a kernel is not worth sharing between threads, and below which NumPy is done
+before a kernel has been dispatched, where it runs at memory speed. Only what both round alike is
+left to NumPy: a row must not depend on how many others there are."""
 
 
-def launch(kernel, *values):
-    """Run one kernel on the thread team."""
+def launch(kernel, *values, serial=False):
+    """Run one kernel on the thread team, `serial` on the calling thread alone."""
     if JIT:
-        team().run([(kernel, *values)])
+        team().run([(kernel, *values)], serial)
     else:
         with np.errstate(all="ignore"):
-            team().run([(kernel, *values)])
+            team().run([(kernel, *values)], serial)
 
 
 def evaluate(rows):
     """The output of rows with a single call."""
-    launch(*rows.calls[0])
+    launch(*rows.calls[0], serial=rows.serial)
     return rows.outputs[0]
 
 
 def unary_rows(kernel, x, parameter=0.0, dtype=np.float32):
     """The call that computes x (any shape) -> the same shape, contiguous."""
-    x = np.ascontiguousarray(x).reshape(x.shape)
+    x = contiguous(x)
     out = empty(x.shape, dtype)
     call = (kernel, x.ctypes.data, out.ctypes.data, x.size, float_bits(parameter))
     return Rows((out,), [call], serial=x.size < SMALL, keep=(x,))

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UnsupportedError
 from ..registry import kernels, op
 from . import gemm_bf16, gemv
-from .buffers import empty
+from .buffers import contiguous, empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .lowered import FEW_ROWS, Rows, plain
 from .packing import Packer, Panels
@@ -35,7 +35,7 @@ class Matrix:
     first, in_tiles = 0, False
 
     def __init__(self, array):
-        self.array = np.ascontiguousarray(array, np.float32)
+        self.array = contiguous(array, np.float32)
         self.shape, self.address = array.shape, self.array.ctypes.data
         self.row_bytes = 4 * array.shape[1]
 
@@ -83,7 +83,7 @@ class Kept:
 
     def room(self, nbytes, purpose):
         """Address, what holds it, and whether it has yet to be filled for this purpose."""
-        fresh = self._purpose is not purpose
+        fresh = self._purpose is not purpose or nbytes + 64 > self._memory.nbytes
         if fresh:
             self._purpose, self._memory = purpose, empty(nbytes + 64, np.uint8)
         return -(-self._memory.ctypes.data // 64) * 64, self._memory, fresh
@@ -175,31 +175,44 @@ def product(x, weight):
 
 
 def lower_matmul(a, b):
-    """One row a (..., 1, K), contiguous float32, times an encoded weight (K, N)."""
-    if isinstance(b, np.ndarray) or not plain(a) or a.size != b.shape[0] or b.encoding == "uint8":
+    """Rows a (..., M, K), contiguous float32, times an encoded weight (K, N)."""
+    if isinstance(b, np.ndarray) or len(b.shape) != 2 or not plain(a) or b.encoding == "uint8":
         return None
-    if not is_ready(b):
+    if len(b.shape) != 2 or not is_ready(b):
         return None
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size:
         return None
-    todo, held = calls(a.reshape(1, -1), b, out.reshape(1, -1))
+    todo, held = calls(_rows(a), b, _rows(out))
     return Rows((out,), todo, keep=(a, b, held))
 
 
 def _rows(a):
     """(..., M, K) -> (M, K), contiguous float32."""
     rows = math.prod(a.shape[:-1])  # not -1, which means nothing when K is 0
-    return np.ascontiguousarray(a, np.float32).reshape(rows, a.shape[-1])
+    return contiguous(a, np.float32).reshape(rows, a.shape[-1])
 
 
 def _is_float(dtype):
     return dtype == np.float32 or dtype == np.float16 or dtype.name == "bfloat16"
 
 
-@op("MatMul", since=1, native=("b",), packs=("b",), uses=USES, lower=lower_matmul)
+def packing_bytes(a, b, c=None):
+    """What products of a (..., M, K) and b (..., K, N) take beside the result: rows of a packed,
+    and of matrices in several, one pair of them and its product."""
+    if len(a) < 2 or len(b) < 2:
+        return 4 * (math.prod(a) + math.prod(b))
+    rows, k = (math.prod(a[:-1]) if len(b) == 2 else a[-2]), a[-1]
+    packed = 4 * -(-rows // TILE_ROWS) * TILE_ROWS * -(-k // BLOCK) * BLOCK if rows > 1 else 0
+    return packed if len(b) == 2 else packed + 4 * (rows * k + k * b[-1] + rows * b[-1])
+
+
+@op("MatMul", since=1, native=("b",), packs=("b",), uses=USES, lower=lower_matmul,
+    working=packing_bytes)  # fmt: skip
 def matmul(a, b):
     """a (..., M, K), b (..., K, N) -> (..., M, N); fp16 is accumulated in fp32."""
+    if not isinstance(b, np.ndarray) and len(b.shape) != 2:
+        b = decode(b.whole())
     if not isinstance(b, np.ndarray):
         x, b = _rows(a), prepared(b)
         return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
@@ -215,12 +228,12 @@ def matmul(a, b):
     right = np.broadcast_to(right, (*lead, *right.shape[-2:]))
     out = empty((*lead, left.shape[-2], right.shape[-1]))
     for i in np.ndindex(lead):
-        out[i] = product(np.ascontiguousarray(left[i]), Matrix(right[i]))
+        out[i] = product(contiguous(left[i]), Matrix(right[i]))
     out = out[..., 0, :] if a.ndim == 1 else out
     return (out[..., 0] if b.ndim == 1 else out).astype(a.dtype, copy=False)
 
 
-@op("Gemm", since=1, native=("b",), uses=USES)
+@op("Gemm", since=1, native=("b",), uses=USES, working=packing_bytes)
 def gemm(a, b, c=None, *, alpha=1.0, beta=1.0, transA=0, transB=0, broadcast=0):  # noqa: N803
     """a (M, K), b (K, N), transposed on demand, c broadcast to (M, N) -> alpha a b + beta c."""
     a = a.T if transA else a

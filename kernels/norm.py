@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
-from .buffers import empty
+from .buffers import contiguous, empty
 from .jit import arg, arg_float, float_bits, jit, kernel, share
 from .lowered import Rows, plain
 from .threads import team
@@ -85,7 +85,7 @@ def layer_norm(args, thread, threads):
 def _rows(x, axis, *parameters):
     """x as contiguous float32 (M, N) over the axes from `axis` on, the parameters as (N,)."""
     lead, shape = x.shape[: axis % x.ndim], x.shape[axis % x.ndim :]
-    rows = np.ascontiguousarray(x, np.float32).reshape(math.prod(lead), math.prod(shape))
+    rows = contiguous(x, np.float32).reshape(math.prod(lead), math.prod(shape))
     wide = [None if p is None else np.broadcast_to(p, shape).reshape(-1) for p in parameters]
     return rows, *[None if p is None else np.ascontiguousarray(p, np.float32) for p in wide]
 

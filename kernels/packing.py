@@ -78,7 +78,7 @@ class Packer:
 class Panels:
     """A weight in parts, packed for one product."""
 
-    order = "panels"
+    order, first, in_tiles = "panels", 0, False
 
     def __init__(self, weight):
         packer, n = Packer(), weight.shape[1]
@@ -90,6 +90,10 @@ class Panels:
         for i, part in enumerate(weight.parts):
             rows = part.ref.stored_shape[0]
             packer.pack_part(weight.ref, i, part, self.address, 0, rows, 0, n)
+
+    def tiles(self):
+        """All of them at once."""
+        yield self
 
 
 @op("Panels", domain="onnxstream_nb")

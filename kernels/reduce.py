@@ -6,6 +6,7 @@ Dims: the reduced axes are gathered into N rows of C elements.
 import numpy as np
 
 from ..registry import op
+from .buffers import contiguous
 from .dtypes import numeric
 from .functions import FIRST, SQUARE, apply
 from .jit import arg, jit, kernel, share
@@ -64,7 +65,7 @@ def _summed(kernel, function):
         axes = [a % x.ndim for a in (range(x.ndim) if axes is None else axes)]
         kept = [a for a in range(x.ndim) if a not in axes]
         shape = [1 if a in axes else x.shape[a] for a in range(x.ndim)]
-        rows = np.ascontiguousarray(x.transpose(kept + axes))
+        rows = contiguous(x.transpose(kept + axes))
         out = np.empty([x.shape[a] for a in kept], np.float32)
         launch(kernel, rows.ctypes.data, out.ctypes.data, out.size, x.size // max(1, out.size))
         return out.reshape(shape) if keepdims else out

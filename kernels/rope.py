@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .buffers import empty
+from .buffers import contiguous, empty
 from .jit import arg, kernel, share
 from .lowered import Rows, plain
 from .vector import fma, load_f32, mul, peek_f32, poke_f32, splat, store_f32
@@ -82,10 +82,10 @@ def rotary_embedding(
         cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
     b, t = x.shape[0], x.shape[-2]
     shape = (b, t, cos_cache.shape[-1])
-    cos = np.ascontiguousarray(np.broadcast_to(cos_cache, shape), np.float32)
-    sin = np.ascontiguousarray(np.broadcast_to(sin_cache, shape), np.float32)
+    cos = contiguous(np.broadcast_to(cos_cache, shape), np.float32)
+    sin = contiguous(np.broadcast_to(sin_cache, shape), np.float32)
     ready = lower_rotary(
-        np.ascontiguousarray(x, np.float32), cos, sin, interleaved=interleaved,
+        contiguous(x, np.float32), cos, sin, interleaved=interleaved,
         num_heads=num_heads, rotary_embedding_dim=rotary_embedding_dim,
     )  # fmt: skip
     if ready is None:

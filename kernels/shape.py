@@ -7,6 +7,7 @@ import numpy as np
 
 from ..errors import ShapeError, UnsupportedError
 from ..registry import op
+from .buffers import contiguous, empty
 
 
 def ints(values):
@@ -14,55 +15,58 @@ def ints(values):
     return tuple(int(v) for v in (values.flat if isinstance(values, np.ndarray) else values))
 
 
-@op("Reshape", since=1)
+@op("Reshape", since=1, view=True)
 def reshape_1(x, *, shape=(), consumed_inputs=()):
     """x (...) -> shape."""
     return reshape(x, shape)
 
 
-@op("Reshape", since=5)
+@op("Reshape", since=5, view=True)
 def reshape(x, shape, *, allowzero=0):
     """x (...), shape (R,) -> shape, in which 0 keeps the axis and -1 is what remains."""
     wanted = ints(shape)
     try:
         if not allowzero:
             wanted = tuple(n or x.shape[i] for i, n in enumerate(wanted))
-        return x.reshape(wanted)
+        try:
+            return x.reshape(wanted, copy=False)
+        except ValueError:  # no view has that shape
+            return contiguous(x).reshape(wanted)
     except (ValueError, IndexError) as error:
         raise ShapeError(f"Reshape: {x.shape} cannot become {wanted}") from error
 
 
-@op("Transpose", since=1)
+@op("Transpose", since=1, view=True)
 def transpose(x, *, perm=None):
     """x (...) -> axis i of the result is axis perm[i] of x; without perm in reverse order."""
     return x.transpose(perm or None)
 
 
-@op("Unsqueeze", since=1)
+@op("Unsqueeze", since=1, view=True)
 def unsqueeze_1(x, *, axes):
     """x (...) -> with new axes of size 1, counted in the result."""
     return np.expand_dims(x, tuple(axes))
 
 
-@op("Unsqueeze", since=13)
+@op("Unsqueeze", since=13, view=True)
 def unsqueeze(x, axes):
     """x (...), axes (A,) -> with new axes of size 1, counted in the result."""
     return np.expand_dims(x, ints(axes))
 
 
-@op("Squeeze", since=1)
+@op("Squeeze", since=1, view=True)
 def squeeze_1(x, *, axes=None):
     """x (...) -> without those axes, or without all of size 1."""
     return x.squeeze(tuple(axes) if axes else None)
 
 
-@op("Squeeze", since=13)
+@op("Squeeze", since=13, view=True)
 def squeeze(x, axes=None):
     """x (...), axes (A,) -> without those axes, or without all of size 1."""
     return x.squeeze(None if axes is None else ints(axes))
 
 
-@op("Flatten", since=1)
+@op("Flatten", since=1, view=True)
 def flatten(x, *, axis=1):
     """x (...) -> (product of the axes before `axis`, product of the others)."""
     at = axis if axis >= 0 else axis + x.ndim
@@ -70,7 +74,7 @@ def flatten(x, *, axis=1):
                      int(np.prod(x.shape[at:], dtype=np.int64)))  # fmt: skip
 
 
-@op("Expand", since=8)
+@op("Expand", since=8, view=True)
 def expand(x, shape):
     """x (...), shape (R,) -> both broadcast, as a view whose elements are not repeated."""
     try:
@@ -79,12 +83,19 @@ def expand(x, shape):
         raise ShapeError(f"Expand: {x.shape} does not broadcast to {ints(shape)}") from error
 
 
+def _joined(inputs, axis):
+    """All inputs one behind the other; the result in the arena when it is large."""
+    dtype, shape = np.result_type(*inputs), list(inputs[0].shape)
+    shape[axis] = sum(i.shape[axis] for i in inputs)
+    return np.concatenate(inputs, axis, out=None if dtype.hasobject else empty(shape, dtype))
+
+
 @op("Concat", since=1)
 def concat(*inputs, axis=1):
     """Each (..., C, ...) -> one after the other along `axis`."""
     try:
-        return np.concatenate(inputs, axis)
-    except ValueError as error:
+        return _joined(inputs, axis)
+    except (ValueError, IndexError) as error:
         shapes = ", ".join(str(i.shape) for i in inputs)
         raise ShapeError(f"Concat along axis {axis}: {shapes} do not fit") from error
 
@@ -99,27 +110,27 @@ def _split(x, sizes, parts, axis):
     return tuple(np.split(x, np.cumsum(sizes[:-1], dtype=np.int64), axis))
 
 
-@op("Split", since=1)
+@op("Split", since=1, view=True)
 def split_1(x, split_input=None, *, axis=0, split=None, n_outputs):
     """x (..., C, ...) -> pieces of the sizes `split`, else of equal size."""
     sizes = split if split_input is None else ints(split_input)
     return _split(x, sizes or None, n_outputs, axis)
 
 
-@op("Split", since=13)
+@op("Split", since=13, view=True)
 def split(x, split=None, *, axis=0, num_outputs=None, n_outputs):
     """x (..., C, ...), split (P,) -> pieces of those sizes, else equal (last: the rest)."""
     sizes = None if split is None else ints(split)
     return _split(x, sizes, num_outputs or n_outputs, axis)
 
 
-@op("Slice", since=1)
+@op("Slice", since=1, view=True)
 def slice_1(x, *, starts, ends, axes=None):
     """x (...) -> the elements from starts to ends of those axes."""
     return slice_(x, *(np.array(v, np.int64) for v in (starts, ends)), axes)
 
 
-@op("Slice", since=10)
+@op("Slice", since=10, view=True)
 def slice_(x, starts, ends, axes=None, steps=None):
     """x (...), all others (A,) -> the elements from starts to ends of those axes, by steps."""
     axes = range(len(starts)) if axes is None else ints(axes)
@@ -204,15 +215,15 @@ def space_to_depth(x, *, blocksize, mode="DCR"):
     return y.reshape(n, c * b * b, h // b, w // b)
 
 
-@op("Dropout", since=7)
+@op("Dropout", since=7, view=True)
 def dropout_7(x, *, ratio=0.5, n_outputs):
     """x (...) -> x itself and a mask of ones."""
-    return (x, np.ones(x.shape, bool))[:n_outputs]
+    return (x, np.ones(x.shape, bool)) if n_outputs > 1 else (x,)
 
 
-@op("Dropout", since=12)
+@op("Dropout", since=12, view=True)
 def dropout(x, ratio=None, training_mode=None, *, seed=None, n_outputs):
     """x (...), ratio (), training_mode () -> x itself and a mask (...) bool of ones."""
     if training_mode is not None and training_mode and (ratio is None or ratio > 0):
         raise UnsupportedError("Dropout: training_mode is not supported; export for inference")
-    return (x, np.ones(x.shape, bool))[:n_outputs]
+    return dropout_7(x, n_outputs=n_outputs)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
-from .buffers import empty
+from .buffers import contiguous, empty
 from .dtypes import numeric
 from .jit import arg, jit, kernel, share
 from .lowered import Rows, plain
@@ -97,12 +97,12 @@ def row_call(kernel, x):
 
 
 def along_rows(kernel, function):
-    """A function of rows: the kernel for much float32, the NumPy function otherwise."""
+    """A function of rows: the kernel for float32, the NumPy function otherwise."""
 
     def run(x):
-        if kernel is None or x.dtype != np.float32 or x.size < SMALL:
+        if kernel is None or x.dtype != np.float32:
             return function(x).astype(x.dtype, copy=False)
-        return evaluate(row_call(kernel, np.ascontiguousarray(x)))
+        return evaluate(row_call(kernel, contiguous(x)))
 
     return run
 

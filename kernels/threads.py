@@ -26,6 +26,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
+from .buffers import empty
 from .jit import JIT, arg, float_bits, jit, kernel
 from .simd import I64, VOID, address, primitive
 from .vector import (
@@ -43,6 +44,8 @@ SPINS_BEFORE_PARKING = 160000
 SPINS_A_SLEEP = 20000  # what a sleep counts for
 SERIAL_ROW = COLUMNS - 1  # this column of a row: not worth sharing, the leader runs it alone
 MAX_THREADS = 32
+KEPT_EACH, KEPT = 1 << 18, 1 << 20  # bytes of a share's, and of common working memory that a team
+# keeps; more is lent by the arena, for a call
 
 SYSTEM_CALLS = {"x86_64": 202, "aarch64": 98}  # futex
 FUTEX = SYSTEM_CALLS.get(platform.machine()) if sys.platform == "linux" else None
@@ -201,19 +204,21 @@ class Team:
     def scratch(self, each):
         """Working memory of at least `each` bytes a share: address, bytes between, what holds it.
 
-        All kernels that run one after the other share it; a later call may get other memory.
+        All kernels that run one after the other may share it; a later call may get other memory.
         """
         each = (each + 4095) // 4096 * 4096
-        where, held = self._room("_scratch", each * self.shares)
+        where, held = self._room("_scratch", each * self.shares, KEPT_EACH * self.shares)
         return where, each, held
 
     def workspace(self, nbytes):
         """Working memory for all members together, as `scratch`: address, what holds it."""
-        return self._room("_workspace", nbytes)
+        return self._room("_workspace", nbytes, KEPT)
 
-    def _room(self, name, nbytes):
+    def _room(self, name, nbytes, kept):
         held = getattr(self, name)  # read once: another Python thread may replace it meanwhile
-        if nbytes + LINE > held.nbytes:
+        if nbytes > kept:
+            held = empty(nbytes + LINE, np.uint8)
+        elif nbytes + LINE > held.nbytes:
             held = np.empty(nbytes + LINE, np.uint8)
             setattr(self, name, held)
         return (held.ctypes.data + LINE - 1) // LINE * LINE, held
@@ -233,12 +238,16 @@ class Team:
             wake.wait()
             wake.clear()
 
-    def run(self, rows):
-        """Run rows of (kernel, *arguments) in order; floats are passed as `float_bits`."""
+    def run(self, rows, serial=False):
+        """Run rows of (kernel, *arguments) in order; floats are passed as `float_bits`.
+
+        `serial` ones are not worth sharing: the calling thread runs them alone.
+        """
         with self._lock:
             if len(rows) > len(self._table):
                 self._table = np.zeros((2 * len(rows), COLUMNS), np.int64)
             fill_table(self._table, rows)
+            self._table[: len(rows), SERIAL_ROW] = serial
             self._walk(self._table, [function for function, *_ in rows])
 
     def run_table(self, table, functions):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+"""What an OSError's errno is when a disk, a limit on files or a quota is full."""
+
 
 class OnnxstreamError(Exception):
     """Base of all errors this package raises on purpose; the command line prints it on one line."""

@@ -25,11 +25,6 @@ MOST = 1 << 26  # bytes a system call
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-def _close_all(descriptors: dict[tuple[Path, bool], int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
-
-
 def room(size: int) -> int:
     """Bytes of memory, from a page on, in which `size` bytes from anywhere in a file can be read
     directly."""
@@ -45,23 +40,72 @@ def aligned(size: int) -> Bytes:
     return np.frombuffer(memory, np.uint8)
 
 
+class _File:
+    """A file as it was when it was opened; closed when nobody reads it any more."""
+
+    def __init__(self, path: Path, direct: bool) -> None:
+        self.descriptor, self.head = _open(path, direct)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.status = self._status()
+
+    def _status(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    @property
+    def changed(self) -> bool:
+        """Whether it was written to since."""
+        return self._status() != self.status
+
+
 class Files:
-    """Open files by path, closed when it is dropped. Errors name the file and the weight."""
+    """Open files by path, closed when it is dropped. Errors name the file and the weight.
+
+    One that failed, or was written to, is opened anew the next time: it may have been put back.
+    It must begin with the same page then, where headers are, or it is refused.
+    """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[Path, bool], int] = {}
+        self._open: dict[tuple[Path, bool], _File] = {}
+        self._known: dict[Path, bytes] = {}  # its first page
         self._lock = threading.Lock()
-        weakref.finalize(self, _close_all, self._open)
 
     def descriptor(self, path: Path, direct: bool = False) -> int:
         """An open file; `direct` for reads past the page cache, if its file system has them."""
+        return self._file(path, direct).descriptor
+
+    def _file(self, path: Path, direct: bool) -> _File:
         with self._lock:
             if (path, direct) not in self._open:
                 try:
-                    self._open[path, direct] = _open(path, direct)
+                    file = _File(path, direct)
                 except OSError as error:
-                    raise ModelError(f"{path}: cannot open the weight file: {error}") from error
+                    raise ModelError(
+                        f"{path}: cannot open the weight file: {_reason(error)}"
+                    ) from error
+                known = self._known.get(path, b"")
+                if not file.head.startswith(known) and not known.startswith(file.head):
+                    raise ModelError(
+                        f"{path}: this is another file than the one that was opened; put that "
+                        "back, or load the model again"
+                    )
+                self._known[path] = max(known, file.head, key=len)
+                self._open[path, direct] = file
             return self._open[path, direct]
+
+    def forget(self, path: Path) -> None:
+        """Open this file anew when it is wanted next; reads under way are not disturbed."""
+        with self._lock:
+            for direct in (True, False):
+                self._open.pop((path, direct), None)
+
+    def forget_changed(self) -> bool:
+        """Open those files anew that were written to since they were; whether there were any."""
+        with self._lock:
+            changed = {path for (path, _), file in self._open.items() if file.changed}
+        for path in changed:
+            self.forget(path)
+        return bool(changed)
 
     def read(self, ref: WeightRef, start: int = 0, stop: int | None = None) -> Bytes:
         """The bytes of a reference, or those from `start` to `stop`, read into a new buffer."""
@@ -86,40 +130,59 @@ class Files:
     def _fill(self, ref: WeightRef, memory: Bytes, offset: int, needed: int, direct: bool) -> None:
         """Read at least `needed` bytes; what comes after them may be beyond the end of the file."""
         assert isinstance(ref.source, Path)
-        descriptor, done = self.descriptor(ref.source, direct), 0
+        file, done = self._file(ref.source, direct), 0
         view = memoryview(cast(Any, memory))
         while done < needed:
             try:
-                count = os.preadv(descriptor, [view[done : done + MOST]], offset + done)
+                count = os.preadv(file.descriptor, [view[done : done + MOST]], offset + done)
             except OSError as error:
-                raise ModelError(f"{ref.source}: reading {ref.name} failed: {error}") from error
+                self.forget(ref.source)
+                raise ModelError(
+                    f"{ref.source}: reading {ref.name} failed: {_reason(error)}"
+                ) from error
             arrived = done + count
             if direct and arrived < needed:
                 arrived -= arrived % PAGE  # a direct read goes on at a page
             if arrived <= done:
+                self.forget(ref.source)
                 raise truncated(ref)
             done = arrived
 
     def close(self) -> None:
-        """Close all files."""
-        _close_all(self._open)
+        """Close all files, each after the reads under way."""
+        with self._lock:
+            self._open.clear()
 
 
-def _open(path: Path, direct: bool) -> int:
+def _open(path: Path, direct: bool) -> tuple[int, bytes]:
+    """A descriptor, and the file's first page or what there is of it."""
     flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     if direct and hasattr(os, "O_DIRECT"):
         try:
-            descriptor = os.open(path, flags | os.O_DIRECT)
-            try:  # some file systems open it, and then read nothing
-                os.preadv(descriptor, [memoryview(cast(Any, aligned(PAGE)))], 0)
-                return descriptor
-            except OSError:
-                os.close(descriptor)
-                raise
+            return _opened(path, flags | os.O_DIRECT)  # some file systems do, and then read nothing
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-    return os.open(path, flags)
+    return _opened(path, flags)
+
+
+def _opened(path: Path, flags: int) -> tuple[int, bytes]:
+    descriptor, page = os.open(path, flags), aligned(PAGE)
+    try:
+        return descriptor, bytes(page[: os.preadv(descriptor, [memoryview(cast(Any, page))], 0)])
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _reason(error: OSError) -> str:
+    """What went wrong, and the remedy."""
+    remedy = "look after the disk, then try again"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        remedy = "put it back, or fetch it again"
+    if isinstance(error, PermissionError):
+        remedy = "make it readable"
+    return f"{error.strerror or error}; {remedy}"
 
 
 def truncated(ref: WeightRef) -> ModelError:

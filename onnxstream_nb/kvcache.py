@@ -1,185 +1,71 @@
-"""The cache of keys and values: past and present of a language model, growing in place.
-
-Dims: KV key/value heads, D their size, positions along the sequence. Batch size is one.
-"""
+"""The cache of keys and values: past and present of a language model, filled in place."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import cast
 
 from .errors import UnsupportedError, UsageError
 from .graph import Graph, Value
+from .kvslot import ROOM, ArraySlot, KVSlot, Slot
 from .passes.kvcache import CachePair
+from .spill import MOST_WINDOWS, SpilledSlot, working_bytes
+from .spill_file import SpillFile
 from .weights import numpy_dtype
 
+__all__ = [
+    "ENCODINGS", "ArraySlot", "KVCache", "KVSlot", "bytes_at", "bytes_per_position",
+    "bytes_resident",
+]  # fmt: skip
+
 ENCODINGS = ("f16", "q8")  # how keys and values are stored
-GROWTH = 256  # positions; also the least capacity
-
-
-def _capacity(length: int) -> int:
-    """A capacity for `length` positions: a quarter in hand, in whole blocks."""
-    return -(-(length + length // 4) // GROWTH) * GROWTH
-
-
-class KVSlot:
-    """One layer's keys or values as Attention's kernels want them.
-
-    Keys are stored in blocks of 32 positions, (KV, capacity / 32, D, 32), values in panels of 32
-    columns, (KV, D / 32, capacity, 32), D padded. `encoding` "f16" keeps them as float16; "q8" as
-    int8 with a float32 scale for each position and head, `scales` (KV, capacity): a little over
-    half the bytes, each element off by at most 1/254 of the largest of its position and head.
-    `reserve` makes room; `length` is how many positions count, and may be set back. A run writes
-    behind it and leaves it alone: what it wrote counts when the caller says so. As an array it is
-    of `dtype`, the graph's.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        heads: int,
-        size: int,
-        dtype: np.dtype[Any] | None = None,
-        encoding: str = "f16",
-    ) -> None:
-        self.kind, self.heads, self.size = kind, heads, size
-        self.dtype = np.dtype(np.float32) if dtype is None else dtype
-        self.padded = -(-size // 32) * 32
-        self.quantised = encoding == "q8"
-        self.length = self.capacity = 0
-        self.array, self.scales = self._room()
-
-    @property
-    def address(self) -> int:
-        """Where the elements begin."""
-        return int(self.array.ctypes.data)
-
-    @property
-    def scales_address(self) -> int:
-        """Where the scales begin; they are there only in "q8"."""
-        return int(self.scales.ctypes.data)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """The shape of past and present: (1, KV, length, D)."""
-        return (1, self.heads, self.length, self.size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes now, room to grow included."""
-        return int(self.array.nbytes + self.scales.nbytes)
-
-    def advanced(self, length: int) -> KVSlot:
-        """The same memory with `length` positions: a present beside its past."""
-        present = copy.copy(self)
-        present.length = length
-        return present
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions; what is there stays."""
-        if length <= self.capacity:
-            return
-        old, scales = self.array, self.scales
-        self.capacity = _capacity(length)
-        self.array, self.scales = self._room()
-        if self.kind == "key":
-            blocks = -(-self.length // 32)
-            self.array[:, :blocks] = old[:, :blocks]
-        else:
-            self.array[:, :, : self.length] = old[:, :, : self.length]
-        if self.quantised:
-            self.scales[:, : self.length] = scales[:, : self.length]
-
-    def _room(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Zeroed elements and scales for `capacity` positions."""
-        shape = (self.heads, self.capacity // 32, self.size, 32)
-        if self.kind != "key":
-            shape = (self.heads, self.padded // 32, self.capacity, 32)
-        elements = np.zeros(shape, np.int8 if self.quantised else np.float16)
-        return elements, np.zeros((self.heads, self.capacity * self.quantised), np.float32)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        order = (0, 1, 3, 2) if self.kind == "key" else (0, 2, 1, 3)
-        columns = self.size if self.kind == "key" else self.padded
-        filled = self.array.transpose(order).reshape(self.heads, self.capacity, columns)
-        filled = filled[None, :, : self.length, : self.size]
-        if self.quantised:
-            filled = filled * self.scales[None, :, : self.length, None]
-        return filled.astype(dtype or self.dtype)
-
-
-class ArraySlot:
-    """A past input of a graph that was not rewritten: a growing array along one axis."""
-
-    def __init__(self, shape: Sequence[int], axis: int, dtype: np.dtype[Any]) -> None:
-        self.axis, self.length, self.capacity = axis, 0, 0
-        self._shape, self._dtype = list(shape), dtype
-        self.array: np.ndarray[Any, Any] = np.zeros(0, dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of past and present, `length` along the axis that grows."""
-        return tuple(self.length if i == self.axis else n for i, n in enumerate(self._shape))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes now, room to grow included."""
-        return int(self.array.nbytes)
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions; what is there stays."""
-        if length <= self.capacity:
-            return
-        filled, self.capacity = np.asarray(self), _capacity(length)
-        shape = [self.capacity if i == self.axis else n for i, n in enumerate(self._shape)]
-        self.array = np.zeros(shape, self._dtype)
-        self._view(self.length)[...] = filled
-
-    def append(self, new: np.ndarray[Any, Any]) -> ArraySlot:
-        """Write `new` behind what is there."""
-        at = self.length
-        self.reserve(at + new.shape[self.axis])
-        self.length = at + new.shape[self.axis]
-        where = [slice(None)] * len(self._shape)
-        where[self.axis] = slice(at, self.length)
-        self.array[tuple(where)] = new
-        return self
-
-    def _view(self, length: int) -> np.ndarray[Any, Any]:
-        where = [slice(None)] * len(self._shape)
-        where[self.axis] = slice(0, length)
-        return self.array[tuple(where)] if self.capacity else np.zeros(self.shape, self._dtype)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        return self._view(self.length).astype(dtype or self._dtype, copy=bool(copy))
+CHUNK = 512  # tokens a pass
+GROUP = 8  # queries to a key/value head, where the graph does not say
 
 
 class KVCache:
     """All slots of a model. `length` positions are filled; setting it back forgets the rest.
 
-    `encoding` says how those that Attention reads are stored; see KVSlot.
+    `encoding` says how those that Attention reads are stored, `positions` for how many there is
+    room: that is address space, memory is taken as it fills. With a folder `spill`, layers that
+    do not fit in `resident` bytes at full length lie in a file there, the last ones first; what
+    they need in memory, with passes of up to `chunk` tokens, counts as well. `windows` are the
+    shares into which the thread team cuts its work.
     """
 
-    def __init__(self, graph: Graph, pairs: Sequence[CachePair], encoding: str = "f16") -> None:
-        if encoding not in ENCODINGS:
-            raise UsageError(f"kv_cache must be one of {', '.join(ENCODINGS)}, not {encoding!r}")
-        inputs = {v.name: v for v in graph.inputs}
-        readers = graph.consumers()
-        self.slots: dict[str, KVSlot | ArraySlot] = {}
+    def __init__(
+        self,
+        graph: Graph,
+        pairs: Sequence[CachePair],
+        encoding: str = "f16",
+        positions: int = ROOM,
+        *,
+        resident: int | None = None,
+        spill: Path | None = None,
+        chunk: int = CHUNK,
+        windows: int = MOST_WINDOWS,
+    ) -> None:
+        plan = _Plan(graph, pairs, encoding, positions)
+        kept = len(plan.layers)
+        if resident is not None and spill is not None:
+            kept = plan.layers_within(resident, plan.working_bytes(chunk, windows))
+        on_disk = [layer[:2] for layer in plan.layers[kept:]]
+        names = [name for layer in on_disk for name in layer]
+        sizes = [_pages(plan.slots[name]) for name in names]
+        self.file = SpillFile(spill, sum(sizes)) if spill is not None and names else None
+        offsets = dict(zip(names, accumulate(sizes, initial=0), strict=False))
+        self.slots: dict[str, Slot | ArraySlot] = {}
         for pair in pairs:
-            # Others that read it (Shape, for the positions) get its shape, or an array.
-            fused = any(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
-            value = inputs[pair.past_input]
-            slot = _kv_slot(value, pair, encoding) if fused else _array_slot(value)
-            self.slots[pair.past_input] = slot
-        if encoding != "f16" and not any(isinstance(s, KVSlot) for s in self.slots.values()):
-            raise UsageError(
-                f"kv_cache {encoding}: no Attention reads the graph's past, which stays as it is "
-                "declared; leave kv_cache at f16"
-            )
+            name, slot = pair.past_input, plan.slots[pair.past_input]
+            if isinstance(slot, Slot) and self.file is not None and name in offsets:
+                self.slots[name] = SpilledSlot(self.file, offsets[name], slot)
+            else:
+                self.slots[name] = slot if isinstance(slot, ArraySlot) else slot.in_memory()
+        spilled = [tuple(cast(SpilledSlot, self.slots[name]) for name in pair) for pair in on_disk]
+        for (keys, _), following in zip(spilled, spilled[1:] + spilled[:1], strict=True):
+            keys.following = following[0].with_values(following[1])
 
     @property
     def length(self) -> int:
@@ -195,43 +81,137 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes now, room to grow included."""
+        """Bytes that its positions take now, in memory and on disk."""
         return sum(slot.nbytes for slot in self.slots.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that are set aside on disk."""
+        return 0 if self.file is None else self.file.nbytes
+
+    def close(self) -> None:
+        """Let go of memory and disk."""
+        self.slots.clear()
+        if self.file is not None:
+            self.file.close()
+            self.file = None
 
 
 def bytes_per_position(graph: Graph, pairs: Sequence[CachePair], encoding: str = "f16") -> int:
-    """What one more position of context takes, in bytes: of the slots, with room to grow."""
-    total = 0
-    for slot in KVCache(graph, pairs, encoding).slots.values():
-        slot.reserve(GROWTH)
-        total += slot.nbytes // slot.capacity
-    return total * 5 // 4
+    """What one more position of context takes, in bytes."""
+    slots = _Plan(graph, pairs, encoding, 1).slots.values()
+    return sum(slot.room_bytes // slot.capacity for slot in slots)
 
 
 def bytes_at(
     graph: Graph, pairs: Sequence[CachePair], positions: int, encoding: str = "f16"
 ) -> int:
-    """The most that a cache takes on its way to so many positions, in bytes: the slots with their
-    room to grow, and one that moves."""
-    sizes = []
-    for slot in KVCache(graph, pairs, encoding).slots.values():
-        slot.reserve(GROWTH)
-        sizes.append(slot.nbytes // slot.capacity * _capacity(positions))
-    return sum(sizes) + max(sizes, default=0)
+    """The most memory that a cache made for so many positions takes, in bytes."""
+    return sum(map(_pages, _Plan(graph, pairs, encoding, positions).slots.values()))
 
 
-def _kv_slot(value: Value, pair: CachePair, encoding: str) -> KVSlot:
+def bytes_resident(
+    graph: Graph,
+    pairs: Sequence[CachePair],
+    positions: int,
+    encoding: str = "f16",
+    *,
+    chunk: int = CHUNK,
+    windows: int = MOST_WINDOWS,
+) -> list[int]:
+    """The most memory that a cache made for so many positions takes, in bytes, that may lie on
+    disk: with all layers in memory first, as `bytes_at`, then with one more on disk each time.
+
+    The last is the least that does: one layer's slices, and the new positions of `chunk` tokens.
+    """
+    plan = _Plan(graph, pairs, encoding, positions)
+    working = plan.working_bytes(chunk, windows)
+    *some, whole = plan.held
+    return [whole, *(held + working for held in reversed(some) if held + working < whole)]
+
+
+class _Plan:
+    """What slots a graph's cache has, before any has a place.
+
+    `slots` by input; `layers` are (keys, values, queries to a head) of those that Attention reads.
+    """
+
+    def __init__(
+        self, graph: Graph, pairs: Sequence[CachePair], encoding: str, positions: int
+    ) -> None:
+        if encoding not in ENCODINGS:
+            raise UsageError(f"kv_cache must be one of {', '.join(ENCODINGS)}, not {encoding!r}")
+        inputs = {v.name: v for v in graph.inputs}
+        readers = graph.consumers()
+        self.slots: dict[str, Slot | ArraySlot] = {}
+        for pair in pairs:
+            # Others that read it (Shape, for the positions) get its shape, or an array.
+            fused = any(n.op_type == "Attention" for n in readers.get(pair.past_input, []))
+            value = inputs[pair.past_input]
+            self.slots[pair.past_input] = (
+                _slot(value, pair, encoding, positions) if fused else _array_slot(value, positions)
+            )
+        if encoding != "f16" and not any(isinstance(s, Slot) for s in self.slots.values()):
+            raise UsageError(
+                f"kv_cache {encoding}: no Attention reads the graph's past, which stays as it is "
+                "declared; leave kv_cache at f16"
+            )
+        self.layers = list(self._layers(graph))
+
+    def _layers(self, graph: Graph) -> Iterator[tuple[str, str, int]]:
+        seen: set[str] = set()
+        for node in graph.nodes:
+            names = node.inputs[4:6] if node.op_type == "Attention" else ()
+            if len(names) == 2 and all(isinstance(self.slots.get(n), Slot) for n in names):
+                if seen.isdisjoint(names):
+                    heads = [node.attributes.get(n, 0) for n in ("q_num_heads", "kv_num_heads")]
+                    yield (*names, heads[0] // heads[1] if all(heads) else GROUP)
+                seen.update(names)
+
+    @property
+    def held(self) -> list[int]:
+        """Bytes of the slots that stay in memory in any case, and with each layer more."""
+        sizes = {name: _pages(slot) for name, slot in self.slots.items()}
+        layers = [sum(sizes.pop(name) for name in layer[:2]) for layer in self.layers]
+        return list(accumulate(layers, initial=sum(sizes.values())))
+
+    def working_bytes(self, chunk: int, windows: int) -> int:
+        """Bytes in memory while a layer on disk is gone through."""
+        pairs = [(self.slots[k], self.slots[v], group) for k, v, group in self.layers]
+        return max(
+            (
+                working_bytes(keys, values, group, chunk, windows)
+                for keys, values, group in pairs
+                if isinstance(keys, Slot) and isinstance(values, Slot)
+            ),
+            default=0,
+        )
+
+    def layers_within(self, resident: int, working: int) -> int:
+        """How many layers may stay in memory for `resident` bytes; all, or some beside `working`
+        bytes for the others."""
+        if self.held[-1] <= resident:
+            return len(self.layers)
+        return max(0, sum(held + working <= resident for held in self.held) - 1)
+
+
+def _pages(slot: Slot | ArraySlot) -> int:
+    """Bytes of a slot's room in whole pages."""
+    return -(-slot.room_bytes // 4096) * 4096
+
+
+def _slot(value: Value, pair: CachePair, encoding: str, positions: int) -> Slot:
     _, heads, _, size = value.shape or (None,) * 4
     if not isinstance(heads, int) or not isinstance(size, int):
         raise UnsupportedError(
             f"the input {value.name} has the shape {value.shape}: its heads and their size must be "
             "numbers; export the model with them fixed"
         )
-    return KVSlot(pair.kind, heads, size, numpy_dtype(value.dtype), encoding)
+    return Slot(pair.kind, heads, size, numpy_dtype(value.dtype), encoding, positions)
 
 
-def _array_slot(value: Value) -> ArraySlot:
+def _array_slot(value: Value, positions: int) -> ArraySlot:
     shape = value.shape or ()
     axis = next((i for i, n in enumerate(shape) if i and not isinstance(n, int)), 2)
     sizes = [n if isinstance(n, int) else 1 for n in shape]
-    return ArraySlot(sizes, axis, numpy_dtype(value.dtype))
+    return ArraySlot(sizes, axis, numpy_dtype(value.dtype), positions)

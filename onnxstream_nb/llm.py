@@ -6,17 +6,19 @@ Dims: T tokens of one sequence, V vocabulary, positions 0 .. context - 1.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from . import passes
+from .device import memory_available, physical_cores
 from .errors import ShapeError, UnsupportedError, UsageError
 from .graph import Graph, Value
-from .kvcache import ArraySlot, KVCache, bytes_at
-from .loading import prompt_precision
+from .kvcache import ArraySlot, KVCache, bytes_at, bytes_resident
+from .loading import logit_chunk, prompt_precision
+from .progress import Reading
 from .session import Progress, Session, decode_constant, load_graph
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
@@ -30,10 +32,14 @@ class LanguageModel:
 
     `model` is a path or a Graph with past/present pairs. `tokens` are the ids in the cache, in
     order; `context` how many fit; `chunk` how many of a prompt are read at a time. With `ram`, a
-    budget for the whole process, the memory of a full context is set aside. `precision` "auto" is
-    "fast" for weights stored as floats, "exact" for block encodings: see Session. `kv_cache` "q8"
-    keeps keys and values in 8 bits instead of 16: see KVSlot. With `all_logits` the head is
-    computed for every position, for `logits`. `packed` is as for Session. One caller at a time.
+    budget for the whole process, the memory of a full context is set aside, or that of several
+    `sequences` (sequences.py). `precision` "auto" is "fast" for weights stored as floats, "exact"
+    for block encodings: see Session. `kv_cache` "q8" keeps keys and values in 8 bits instead of 16:
+    see Slot. What of a full context's does not fit `ram` lies in a file in the folder `kv_spill`;
+    without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
+    `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
+    over the weights; `full_cache_bytes` is what the cache takes at the whole context. `packed` is
+    as for Session. One caller at a time.
     """
 
     def __init__(
@@ -46,16 +52,16 @@ class LanguageModel:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
         device: str = "cpu",
-        all_logits: bool = False,
         packed: str | Path | None = None,
+        sequences: int = 1,
         progress: Progress | None = None,
     ) -> None:
         if progress is not None:
             progress("reading the model", None)
         graph = passes.optimize(load_graph(model), decode_constant)
-        self.all_logits = all_logits
-        self.graph = graph if all_logits else passes.rewrite_last_logits(graph)
+        self.graph = passes.rewrite_logit_rows(graph)
         pairs = passes.find_cache(self.graph)
         if not pairs:
             raise UnsupportedError(
@@ -63,32 +69,57 @@ class LanguageModel:
                 "cannot generate text; export it with its cache (use_cache, with past)"
             )
         self.context = _context(graph, context)
-        self._cache = KVCache(self.graph, pairs, kv_cache)
+        self.pairs, self._encoding = pairs, kv_cache
+        past = {p.past_input for p in pairs}
+        self._inputs = [v for v in self.graph.inputs if v.name not in past]
+        presents = {p.present_output for p in pairs}
+        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        self.every_position = _gives_every_position(graph)
+        _check_inputs(self._inputs)
+        self.tokens: list[int] = []
+        self.passes = 0
+        self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
+        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
+        self.precision = prompt_precision(self.graph) if precision == "auto" else precision
+        windows = 2 * (threads or physical_cores())  # shares of the thread team
+        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
+        spill = None if ram is None or kv_spill is None else Path(kv_spill)
+        if spill is None or sequences > 1:
+            reserve = [sequences * reserve[0]]
+        self._has_budget = ram is not None
+        self.session = Session(
+            self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
+            device=device, optimize=False, reserve=reserve, packed=packed, progress=progress,
+        )  # fmt: skip
+        self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
+        self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)
+        if progress is not None and self.session.reserve < reserve[0]:
+            progress("setting aside room on disk for the context", None)
+        try:
+            self._cache = KVCache(
+                self.graph, pairs, kv_cache, self.context,
+                resident=self.session.reserve, spill=spill, windows=windows,
+            )  # fmt: skip
+        except BaseException:
+            self.session.close()
+            raise
         # Only Attention appends to its slots; a present computed otherwise is carried over here.
         self._carried = {
             slot: p.present_output
             for p in pairs
             if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
         }
-        self._inputs = [v for v in graph.inputs if v.name not in self._cache.slots]
-        presents = {p.present_output for p in pairs}
-        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
-        _check_inputs(self._inputs)
-        self.tokens: list[int] = []
-        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
-        self.precision = prompt_precision(self.graph) if precision == "auto" else precision
-        self.session = Session(
-            self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=bytes_at(self.graph, pairs, positions, kv_cache),
-            packed=packed, progress=progress,
-        )  # fmt: skip
-        self.chunk = self.session.chunk
 
     @property
     def vocab_size(self) -> int:
         """V, as the graph declares it; 0 when it does not."""
         size = (self._logits.shape or (0,))[-1]
         return size if isinstance(size, int) else int(self.graph.metadata.get("vocab_size", 0))
+
+    @property
+    def streams(self) -> bool:
+        """Whether every pass reads weights anew, those that are not kept."""
+        return bool(getattr(self.session.provider, "bytes_a_pass", 0))
 
     @property
     def bytes_per_token(self) -> int:
@@ -100,8 +131,49 @@ class LanguageModel:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the cache of keys and values takes now."""
+        """Bytes that the cache of keys and values takes now, in memory and on disk."""
         return self._cache.nbytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes that are set aside for the cache on disk."""
+        return self._cache.disk_bytes
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
+        provider: Any = self.session.provider
+        return int(provider.bytes_read) if self.streams else 0
+
+    def reading(self) -> Reading | None:
+        """The pass under way, for whoever looks from another thread; None between two."""
+        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        if not now:
+            return None
+        provider: Any = self.session.provider
+        pass_bytes = getattr(provider, "bytes_a_pass", 0)
+        if not pass_bytes:
+            return Reading("", 0, 0, 0, tokens, wanted, now)
+        return Reading(
+            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
+            now,
+        )  # fmt: skip
+
+    @property
+    def cache_room(self) -> int:
+        """Bytes that caches may take together: what was set aside, or when memory has no bounds but
+        the machine's half of what is free, if that is more."""
+        if self._has_budget or self.streams:
+            return self.session.reserve
+        return max(self.session.reserve, memory_available() // 2)
+
+    def cache_bytes_at(self, positions: int) -> int:
+        """The most memory that the cache of one sequence takes with so many positions, in bytes."""
+        return bytes_at(self.graph, self.pairs, positions, self._encoding)
+
+    def new_cache(self, positions: int) -> KVCache:
+        """An empty cache for so many positions of another sequence: see sequences.py."""
+        return KVCache(self.graph, self.pairs, self._encoding, positions)
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.
@@ -109,20 +181,19 @@ class LanguageModel:
         Raises UsageError when they do not fit the context, Interrupted when `stop` is set
         meanwhile; `tokens` then says how far it came.
         """
-        for logits in self._passes(ids, stop):
-            last = logits[-1]
-        return cast(Logits, last)
+        for chunk in self._chunks(ids, self.chunk):
+            logits = self._pass(chunk, [-1], stop)
+        return cast(Logits, logits[-1])
 
     def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (T, V) float32 that follow each of them.
 
-        For a model opened with `all_logits`. Raises as `feed`, and UnsupportedError when the graph
-        gives the logits of its last position only.
+        Raises as `feed`, and UnsupportedError when the graph has the logits of its last position
+        only.
         """
-        if not self.all_logits:
-            raise UsageError("logits of every position need a model opened with all_logits=True")
-        chunks = list(self._passes(ids, stop))
-        logits = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        chunks = self._chunks(ids, min(self.chunk, self.logit_chunk))
+        parts = [self._pass(chunk, range(-len(chunk), 0), stop) for chunk in chunks]
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if len(logits) != len(ids):
             raise UnsupportedError(
                 f"{self.graph.name or 'the graph'} gives logits of {len(logits)} of {len(ids)} "
@@ -130,8 +201,8 @@ class LanguageModel:
             )
         return logits
 
-    def _passes(self, ids: Sequence[int], stop: threading.Event | None) -> Iterator[Logits]:
-        """The logits of each chunk of `ids`, all positions that the graph gives."""
+    def _chunks(self, ids: Sequence[int], size: int) -> list[list[int]]:
+        """`ids` in pieces of `size`, after a look at whether they fit."""
         if len(ids) == 0:
             raise UsageError("feed needs at least one id")
         if len(self.tokens) + len(ids) > self.context:
@@ -139,17 +210,25 @@ class LanguageModel:
                 f"{len(self.tokens) + len(ids)} tokens do not fit the context of {self.context}; "
                 "raise --context or shorten the prompt"
             )
-        for start in range(0, len(ids), self.chunk):
-            yield self._pass([int(i) for i in ids[start : start + self.chunk]], stop)
+        self._wanted = len(self.tokens) + len(ids)
+        whole = [int(i) for i in ids]
+        return [whole[start : start + size] for start in range(0, len(whole), size)]
 
-    def _pass(self, ids: list[int], stop: threading.Event | None) -> Logits:
+    def _pass(self, ids: list[int], rows: Sequence[int], stop: threading.Event | None) -> Logits:
+        """The logits after the ids at `rows` of one chunk, which count from its end (-1 is the
+        last); those of all positions where the graph does not let them be picked."""
         past = len(self.tokens)
         feeds: dict[str, Any] = dict(self._cache.slots)
         for value in self._inputs:
-            feeds[value.name] = _feed(value, ids, past)
+            feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
-        result = self.session.run(feeds, wanted, stop=stop)
+        self._now = len(ids)
+        try:
+            result = self.session.run(feeds, wanted, stop=stop)
+        finally:
+            self._now = 0
         self.tokens += ids
+        self.passes += 1
         for slot, present in self._carried.items():
             slot.append(np.split(result[present], [past], slot.axis)[1])
         self._cache.length = len(self.tokens)
@@ -166,7 +245,7 @@ class LanguageModel:
     def close(self) -> None:
         """Let go of the weights and the cache."""
         self.session.close()
-        self._cache.slots.clear()
+        self._cache.close()
 
 
 def _context(graph: Graph, wanted: int | None) -> int:
@@ -181,7 +260,14 @@ def _context(graph: Graph, wanted: int | None) -> int:
     return wanted
 
 
-_KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids")
+def _gives_every_position(graph: Graph) -> bool:
+    """Whether the logits are declared as long as the ids; exports may cut them to the last."""
+    shapes = {v.name: v.shape for v in (*graph.inputs, *graph.outputs)}
+    ids, logits = shapes.get("input_ids"), shapes.get("logits")
+    return ids is not None and logits is not None and ids[1:2] == logits[1:2]
+
+
+_KNOWN_INPUTS = ("input_ids", "attention_mask", "position_ids", passes.LOGIT_ROWS)
 
 
 def _check_inputs(inputs: Sequence[Value]) -> None:
@@ -193,7 +279,7 @@ def _check_inputs(inputs: Sequence[Value]) -> None:
             )
 
 
-def _feed(value: Value, ids: list[int], past: int) -> Any:
+def _feed(value: Value, ids: list[int], past: int, rows: Sequence[int]) -> Any:
     dtype = np.dtype(value.dtype)
     if value.name == "input_ids":
         return np.array([ids], dtype)
@@ -201,4 +287,13 @@ def _feed(value: Value, ids: list[int], past: int) -> Any:
         return np.arange(past, past + len(ids), dtype=dtype)[None]
     if value.name == "attention_mask":
         return np.ones((1, past + len(ids)), dtype)
+    if value.name == passes.LOGIT_ROWS:
+        return np.array(rows, dtype)
     raise ShapeError(f"no feed for input {value.name}")
+
+
+def declared(path: str | Path) -> tuple[int, int]:
+    """(context in tokens, bytes of the weights) of the model at `path`, which is not opened."""
+    graph = load_graph(path)
+    sizes = {ref.key: ref.nbytes for ref in graph.initializers.values()}
+    return _context(graph, None), sum(sizes.values())

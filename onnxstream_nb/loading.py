@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from . import device
 from .errors import MemoryBudgetError, UsageError
 from .files import room
 from .graph import Graph, WeightRef
+from .liveness import bound_for_tokens
 from .packing import PackedProvider, Packer, panels_bytes
 from .plan import Form, Plan
 from .streaming import LEAST_PIECES, MOST_PIECES, PIECE, StreamProvider, by_rows, cut
@@ -18,6 +20,7 @@ from .weights import MmapProvider, RamProvider, WeightsProvider
 
 MARGIN = 0.1  # of the free memory, left to the rest of the machine
 BASE = 24_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
+GAPS = 1.15  # what the arena of activations was seen to take of the bound on them, and more
 ARRAYS = 5  # a pass's widest moment, in inputs and outputs of its largest product (gate * up: 4)
 CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 LEAST_CHUNK = 32
@@ -37,6 +40,19 @@ def prompt_chunk(graph: Graph) -> int:
     return chunk
 
 
+def logit_chunk(graph: Graph) -> int:
+    """How many positions' logits one pass gives: their product with the head takes no longer than
+    the largest of a prompt may, and they no more memory than a prompt's pass at its widest."""
+    most = ARRAYS * prompt_chunk(graph) * _widest(graph)
+    chunk = prompt_chunk(graph)
+    for head in _heads(graph):
+        while chunk > LEAST_CHUNK and (
+            2 * chunk * math.prod(head.shape) > OPERATIONS or 2 * chunk * sum(head.shape) > most
+        ):
+            chunk //= 2
+    return chunk
+
+
 def prompt_precision(graph: Graph) -> str:
     """What `auto` means: "fast" when a prompt meets plain floats, which bfloat16 rounds; "exact"
     for block encodings, whose products are in integers at either precision."""
@@ -47,7 +63,6 @@ def prompt_precision(graph: Graph) -> str:
 def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
     """Bytes that a run takes beside weights and cache, roughly: a chunk's activations, and the
     largest weights that an operator gets decoded, or gathered from the pieces of a stream."""
-    widest = max((sum(ref.shape) for ref in _prompt_matrices(plan.graph)), default=0)
     refs, packable = plan.graph.initializers, {ref.matrix for ref in plan.packable}
     tables = {ref.matrix for ref in plan.tables}
     made = max(
@@ -61,7 +76,20 @@ def work_bytes(plan: Plan, chunk: int, streams: bool = False) -> int:
         ),
         default=0,
     )
-    return BASE + ARRAYS * 4 * chunk * widest + made
+    return BASE + _activations(plan, chunk) + made
+
+
+def _widest(graph: Graph) -> int:
+    """Elements of input and output of the largest product, for each token of a prompt."""
+    return max((sum(ref.shape) for ref in _prompt_matrices(graph)), default=0)
+
+
+def _activations(plan: Plan, chunk: int) -> int:
+    """Bytes of a pass's arrays, and what the arena that they are in loses in gaps."""
+    known = bound_for_tokens(plan, chunk)
+    if known is not None:
+        return int(GAPS * known)
+    return ARRAYS * 4 * chunk * _widest(plan.graph)
 
 
 def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
@@ -69,25 +97,36 @@ def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
     gathered = ref.nbytes if streams and (form is not Form.TILES or not by_rows(ref)) else 0
     if ref.parts and form:
         return gathered + (2 * ref.nbytes if packable else 9 * math.prod(ref.shape))
-    if form or ref.encoding in ("raw", ref.dtype):
+    if (form and len(ref.shape) == 2) or ref.encoding in ("raw", ref.dtype):
         return gathered
     return gathered + 4 * math.prod(ref.shape)
 
 
 def _prompt_matrices(graph: Graph) -> Iterator[WeightRef]:
-    """The weights (K, N) that are multiplied with every token of a prompt; not a head's, which
-    gets the one position that was picked for it."""
-    producers = graph.producers()
+    """The weights (K, N) that are multiplied with every token of a prompt; not a head's."""
+    return (ref for ref, is_head in _matrices(graph) if not is_head)
+
+
+def _heads(graph: Graph) -> Iterator[WeightRef]:
+    """The weights (K, N) that are multiplied with the positions that were picked for them."""
+    return (ref for ref, is_head in _matrices(graph) if is_head)
+
+
+def _matrices(graph: Graph) -> Iterator[tuple[WeightRef, bool]]:
+    """The weights (K, N) of products, and whether that is with some positions only: those of one
+    constant index, or of an input. (A table's rows are no positions.)"""
+    producers, inputs = graph.producers(), {value.name for value in graph.inputs}
     for node in graph.nodes:
         ref = graph.initializers.get(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") else None
         if ref is None or len(ref.shape) != 2:
             continue
-        before = producers.get(node.inputs[0])
+        before, picked = producers.get(node.inputs[0]), False
         if before is not None and before.op_type == "Gather":
             index = graph.initializers.get(before.inputs[1])
-            if index is not None and math.prod(index.shape) == 1:
-                continue
-        yield ref
+            one = index is not None and math.prod(index.shape) == 1
+            from_table = before.inputs[0] in graph.initializers
+            picked = one or (before.inputs[1] in inputs and not from_table)
+        yield ref, picked
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +144,38 @@ class Holding:
     slots: int = 0
 
 
+def choose_reserve(
+    choice: Callable[[int], Holding], reserves: Sequence[int]
+) -> tuple[Holding, int]:
+    """What `choose` says for one of several reserves, and which: the first, which is the most, if
+    that can be and a prompt's passes do not become too short for it; else of the others the most
+    that costs the weights nothing. Raises as `choose` does for the last."""
+    first, *others = reserves
+    try:
+        holding = choice(first)
+        if not others or holding.chunk >= LEAST_CHUNK:
+            return holding, first
+    except MemoryBudgetError:
+        if not others:
+            raise
+    best = choice(others[-1])
+    for reserve in others[:-1]:
+        with suppress(MemoryBudgetError):
+            if choice(reserve) == best:
+                return best, reserve
+    return best, others[-1]
+
+
 def choose(
-    plan: Plan, load: str, ram: int | None, reserve: int, panel_bytes: Callable[[WeightRef], int]
+    plan: Plan,
+    load: str,
+    ram: int | None,
+    panel_bytes: Callable[[WeightRef], int],
+    reached: int,
+    reserve: int,
 ) -> Holding:
-    """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache.
+    """What `--load` and `--ram` mean for a plan; `reserve` bytes are set aside for a cache, and
+    `reached` is what the process took for a moment when it began.
 
     Raises UsageError for a combination that means nothing, MemoryBudgetError when the budget
     cannot be kept, naming the least that would do.
@@ -138,7 +205,7 @@ def choose(
         if used + work_bytes(plan, chunk) + sum(sizes.values()) <= ram:
             return Holding("stream", chunk, held=whole)
         chunk //= 2
-    return _budget(plan, sizes, ram, used, reserve)
+    return _budget(plan, sizes, ram, used, reserve, reached)
 
 
 def _streamable(plan: Plan) -> list[WeightRef]:
@@ -152,7 +219,7 @@ def _rows(ref: WeightRef) -> int:
 
 
 def _budget(
-    plan: Plan, sizes: Mapping[WeightRef, int], ram: int, used: int, reserve: int
+    plan: Plan, sizes: Mapping[WeightRef, int], ram: int, used: int, reserve: int, reached: int
 ) -> Holding:
     """A ring of buffers, then the longest passes over a prompt, then as many weights as fit."""
     slot = room(max((p.nbytes for ref in sizes for p in cut(ref)), default=0))
@@ -160,10 +227,12 @@ def _budget(
     chunk = CHUNK
     while chunk > SMALLEST_CHUNK and least + work_bytes(plan, chunk, True) > ram:
         chunk //= 2
-    left = ram - max(least + work_bytes(plan, chunk, True), device.peak_rss())
+    left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
-        raise _too_little(ram, ram - left, used + work_bytes(plan, chunk, True), reserve)
-    more = min(MOST_PIECES - LEAST_PIECES, left // 8 // slot) if slot else 0
+        whole = used + work_bytes(plan, LEAST_CHUNK) + sum(sizes.values())
+        used += work_bytes(plan, chunk, True)
+        raise _too_little(ram, min(ram - left, whole), used, reserve)
+    more = min(MOST_PIECES - LEAST_PIECES, left // 2 // slot) if slot else 0
     held = _shares(plan, sizes, left - more * slot)
     return Holding("stream", chunk, held=held, slots=LEAST_PIECES + more)
 

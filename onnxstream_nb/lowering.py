@@ -1,4 +1,4 @@
-"""One token's plan with every shape fixed, replayed for one position after the other.
+"""A token's plan with every shape fixed, replayed for one position after the other.
 
 The counterpart of a captured CUDA graph: operators that can be lowered become rows of tables that
 the thread team walks in one call each; the others (positions to cos and sin, an embedding's row)
@@ -59,12 +59,12 @@ class _Entry:
 
 
 class Replay:
-    """A plan recorded while it ran for one token.
+    """A plan recorded while it ran for one token, or for one of each of several sequences.
 
     Recording is a run of its own: its results are in `values`. `run` is for the next tokens: what
-    tables read keeps its shape, the cache stays where it is, and so do lasting weights; a step with
-    others runs from Python. `previous` are the values of an earlier recording: what had another
-    shape then is no table's business.
+    tables read keeps its shape, and lasting weights stay where they are, as a cache does; a step
+    with others runs from Python. `previous` are the values of an earlier recording for as many
+    `tokens`: what had another shape then is no table's business.
     """
 
     def __init__(
@@ -83,12 +83,16 @@ class Replay:
         self._is_lasting = is_lasting
         self._feeds = {v.name: values[v.name] for v in plan.graph.inputs}
         self._slots = [f for f in self._feeds.values() if _is_slot(f)]
-        self._base = [slot.length for slot in self._slots]
+        self._base = self._places()
+        self.tokens: int = self._slots[0].tokens if self._slots else 1
         self._replayable = True  # a present's length is recorded: who reads it must run plainly
         entries = [self._record(plan, step, stop) for step in plan.steps]
         self._fixed = _read_by_tables(entries, plan)
         self._parts = list(self._make_parts(entries, plan, make_table))
-        self._capacities = [slot.capacity for slot in self._slots]
+
+    def _places(self) -> list[tuple[int, int]]:
+        """(length, capacity) of all sequences in all slots."""
+        return [place for slot in self._slots for place in slot.places]
 
     def _record(self, plan: Plan, step: Step, stop: threading.Event | None) -> _Entry:
         """Run one step, lowered where that is possible."""
@@ -152,7 +156,7 @@ class Replay:
         return self._replayable and any(not isinstance(part, _Host) for part in self._parts)
 
     def fits(self, feeds: Mapping[str, Any], wanted: Sequence[str]) -> bool:
-        """Whether these feeds have the shapes that tables read and the cache its recorded place.
+        """Whether these feeds have the shapes that tables read, and the cache has room.
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
@@ -166,16 +170,13 @@ class Replay:
                     return False
             elif name in self._fixed and not _same_kind(known, feeds[name]):
                 return False
-        moved = {slot.length - base for slot, base in zip(self._slots, self._base, strict=True)}
-        room = all(
-            slot.capacity == capacity and slot.length < capacity
-            for slot, capacity in zip(self._slots, self._capacities, strict=True)
-        )
-        return room and len(moved) <= 1
+        places = self._places()
+        moved = {now - then for (now, _), (then, _) in zip(places, self._base, strict=True)}
+        return len(moved) <= 1 and all(length < capacity for length, capacity in places)
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""
-        offset = self._slots[0].length - self._base[0] if self._slots else 0
+        offset = self._places()[0][0] - self._base[0][0] if self._slots else 0
         for name, known in self._feeds.items():
             if name in self._fixed and not _is_slot(known):
                 np.copyto(known, feeds[name])

@@ -129,6 +129,7 @@ def measure(
         threads=threads,
         precision=options["precision"],
         kv_cache=options["kv_cache"],
+        kv_spill=hub.spill_dir(options["kv_spill"]),
         packed=hub.packed_dir() if options["keep_packed"] else None,
         context=max(case.context for case in cases),
         progress=report,
@@ -137,6 +138,7 @@ def measure(
     try:
         results = [run_case(llm, case, options["repetitions"], report) for case in cases]
         per_token, precision = int(llm.bytes_per_token), llm.precision
+        spilled = llm.spilled_bytes
     finally:
         llm.close()
     report("measuring read bandwidth", None)
@@ -144,7 +146,7 @@ def measure(
     return {
         "model": name, "size_bytes": size, "params": params, "backend": "CPU",
         "threads": threads, "precision": precision, "load": options["load"],
-        "kv_cache": options["kv_cache"], "load_s": round(load_s, 3),
+        "kv_cache": options["kv_cache"], "kv_spilled_bytes": spilled, "load_s": round(load_s, 3),
         "repetitions": options["repetitions"],
         "tests": [asdict(r) for r in results],
         "bytes_per_token": per_token, "read_bandwidth": bandwidth,

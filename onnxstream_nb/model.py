@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from .device import parse_size
+from .drafting import beside, guesses_a_pass, open_draft
 from .errors import UsageError
-from .generation import Generation, Stats, Token
+from .generation import Generation, Host, Stats, Token
 from .progress import Report, of_download
+from .work import Work
 
 if TYPE_CHECKING:
+    from .batch import Batch, BatchRequest
     from .llm import LanguageModel
-    from .sampling import SamplingParams
     from .tokenizer import Tokenizer
 
 __all__ = ["Generation", "Model", "Stats", "Token"]
@@ -31,17 +34,28 @@ MakeRoom = Callable[[], Sequence[Mapping[str, str]] | None]
 class Model:
     """A language model with its tokenizer. Use `Model.load`; close it, or use it in a `with`.
 
-    Attributes: `name`, `path`, `tokenizer`, `llm`, `context` (tokens), `load_s` (seconds).
+    Attributes: `name`, `path`, `tokenizer`, `llm`, `context` (tokens), `load_s` (seconds), `draft`
+    (the language model that guesses for it, or None), `speculate` (see `load`).
     """
 
     def __init__(
-        self, name: str, path: Path, tokenizer: Tokenizer, llm: LanguageModel, load_s: float = 0.0
+        self,
+        name: str,
+        path: Path,
+        tokenizer: Tokenizer,
+        llm: LanguageModel,
+        load_s: float = 0.0,
+        *,
+        draft: LanguageModel | None = None,
+        speculate: int | None = None,
     ) -> None:
         self.name, self.path, self.tokenizer, self.llm = name, path, tokenizer, llm
         self.context = llm.context
         self.load_s = load_s
+        self.draft, self.speculate = draft, speculate
+        guesses_a_pass(llm, speculate, draft is not None)
         self._lock = threading.Lock()
-        self._active: weakref.ref[Generation] | None = None
+        self._active: weakref.ref[Work] | None = None
         self._closed = False
 
     @classmethod
@@ -56,40 +70,58 @@ class Model:
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
+        kv_spill: str | Path | None = None,
+        draft: str | Path | None = None,
+        speculate: int | None = None,
         packed: str | Path | None = None,
+        sequences: int = 1,
         progress: Report | None = None,
     ) -> Model:
         """Loads a catalogue name, a hub repository or a local path, downloading what is missing.
 
         `context` is in tokens; `kv_cache` "q8" keeps it in little more than half the memory of
-        "f16". `packed` is a folder in which quantised weights are kept as they are packed for the
-        kernels: the next start need not pack them, and what is streamed comes so. `progress` is
-        called as work proceeds and may raise to give up.
+        "f16". What of it does not fit `ram` lies on disk, in the folder `kv_spill`, by default in
+        the cache; with "off" it has to fit. For a batch, `ram` has to hold the contexts of so many
+        `sequences`. `progress` is called as work proceeds and may raise to give up.
+        `packed` is a folder in which quantised weights are kept as they are packed for the
+        kernels: the next start need not pack them, and what is streamed comes so.
+        `draft` is a smaller model of the same vocabulary whose guesses are checked several a pass
+        over the weights, `speculate` how many (0 to 7) the text so far may propose a pass; without
+        it 7 when weights are streamed, and none when they are in memory. Neither changes a greedy
+        text, nor how likely any text is: a seed gives the same text at any `speculate`, but another
+        one with a draft model.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
         started = perf_counter()
         report("importing the engine", None)
-        from .hub import resolve
+        from .hub import resolve, spill_dir
         from .llm import LanguageModel
         from .tokenizer import load_tokenizer
 
         found = resolve(str(name_or_path), progress=of_download(report))
         report("reading the tokenizer", None)
         tokenizer = load_tokenizer(found.path)
-        llm = LanguageModel(
-            found.path,
-            load=load,
-            ram=ram,
-            threads=threads,
-            context=context,
-            precision=precision,
-            kv_cache=kv_cache,
-            packed=packed,
-            device=device,
-            progress=report,
-        )
-        return cls(found.name, found.path, tokenizer, llm, perf_counter() - started)
+        budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
+        with ExitStack() as undo:
+            drafter = None
+            if draft is not None:
+                drafter = open_draft(
+                    str(draft), found, tokenizer, ram=budget, threads=threads, context=context,
+                    device=device, progress=report,
+                )  # fmt: skip
+                undo.callback(drafter.close)
+            with beside(drafter, budget) as rest:
+                llm = LanguageModel(
+                    found.path, load=load, ram=rest, threads=threads, context=context,
+                    precision=precision, kv_cache=kv_cache, kv_spill=spill_dir(kv_spill),
+                    packed=packed, device=device, sequences=sequences, progress=report,
+                )  # fmt: skip
+            undo.callback(llm.close)
+            model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)
+            undo.pop_all()
+        model.load_s = perf_counter() - started
+        return model
 
     def generate(
         self,
@@ -98,25 +130,54 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         max_tokens: int | None = None,
+        speculate: int | None = None,
         **sampling: Any,
     ) -> Generation:
         """Answers `prompt`, put into the model's chat template after `system`.
 
         With `raw` the prompt is continued as it stands, without a template: text of special tokens
-        in it means those tokens. `sampling` holds fields of `SamplingParams`.
+        in it means those tokens. `speculate` is as for `load`, whose value it defaults to.
+        `sampling` holds fields of `SamplingParams`.
         Errors: UsageError for a bad option or a prompt longer than the context.
         """
-        if raw:
-            if system is not None:
-                raise UsageError("--system needs the chat template that --raw leaves out")
-            return self._start(lambda: self._encode_raw(prompt), max_tokens, sampling)
-        return self.chat(_conversation(prompt, system), max_tokens=max_tokens, **sampling)
+        return self._start(self._encoder(prompt, system, raw), max_tokens, speculate, sampling)
+
+    def generate_batch(
+        self,
+        requests: Iterable[BatchRequest | str],
+        *,
+        batch_size: int | None = None,
+        system: str | None = None,
+        raw: bool = False,
+        max_tokens: int | None = None,
+        **sampling: Any,
+    ) -> Batch:
+        """Answers many prompts, several in each pass over the weights: see `Batch`.
+
+        Iterating it yields an item each time that it has a further token or has ended, or cannot be
+        answered. `sampling` is each reply's own. Errors: UsageError for a bad option.
+        """
+        from .batch import Batch, BatchRequest
+        from .sampling import params_of
+
+        params_of(sampling)
+
+        def start(request: BatchRequest, host: Host) -> Generation:
+            own = system if request.system is None else request.system
+            most = max_tokens if request.max_tokens is None else request.max_tokens
+            encode, given = self._encoder(request.prompt, own, raw), sampling | request.sampling
+            guesses = None if host.llm is self.llm else 0  # a shared pass has no rows for them
+            return self._start(encode, most, guesses, given, host=host)
+
+        whole = (BatchRequest(r) if isinstance(r, str) else r for r in requests)
+        return Batch(self, start, whole, batch_size)
 
     def chat(
         self,
         messages: Sequence[Mapping[str, str]],
         *,
         max_tokens: int | None = None,
+        speculate: int | None = None,
         make_room: MakeRoom | None = None,
         **sampling: Any,
     ) -> Generation:
@@ -130,7 +191,9 @@ class Model:
             shorter = make_room() if make_room else None
             return None if shorter is None else self._encode_chat(shorter)
 
-        return self._start(lambda: self._encode_chat(messages), max_tokens, sampling, shorten)
+        return self._start(
+            lambda: self._encode_chat(messages), max_tokens, speculate, sampling, shorten
+        )
 
     def render(self, prompt: str, *, system: str | None = None, raw: bool = False) -> str:
         """The text that `generate` with the same arguments makes the model read."""
@@ -153,6 +216,8 @@ class Model:
             if not self._closed:
                 self._closed = True
                 self.llm.close()
+                if self.draft is not None:
+                    self.draft.close()
 
     def __enter__(self) -> Model:
         return self
@@ -161,8 +226,8 @@ class Model:
         self.close()
 
     @contextmanager
-    def claim(self, generation: Generation) -> Iterator[None]:
-        """Holds the model for one step of `generation`; UsageError if another thread uses it."""
+    def claim(self, work: Work) -> Iterator[None]:
+        """Holds the model for one step of `work`; UsageError if another thread uses it."""
         busy = UsageError(
             f"{self.name} is already generating in another thread: "
             "wait for that reply, stop() it, or load the model a second time"
@@ -173,12 +238,12 @@ class Model:
             if self._closed:
                 raise UsageError(f"{self.name} is closed: load it again")
             active = self._active() if self._active else None
-            if active is not None and active is not generation:
+            if active is not None and active is not work:
                 if not active.abandoned:
                     raise busy
                 active.finish("interrupted")
-            generation.owner = threading.current_thread()
-            self._active = weakref.ref(generation)
+            work.owner = threading.current_thread()
+            self._active = weakref.ref(work)
             yield
         finally:
             self._lock.release()
@@ -187,17 +252,35 @@ class Model:
         self,
         encode: Callable[[], list[int]],
         max_tokens: int | None,
+        speculate: int | None,
         sampling: Mapping[str, Any],
         shorten: Callable[[], list[int] | None] = lambda: None,
+        host: Host | None = None,
     ) -> Generation:
-        params = _sampling_params(sampling)
+        from .sampling import params_of
+
+        params = params_of(sampling)
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
+        asked = self.speculate if speculate is None else speculate
+        guesses = guesses_a_pass(self.llm, asked, self.draft is not None)
         started = perf_counter()
         ids = encode()
         if not ids:
             raise UsageError("the prompt is empty: give at least one character")
-        return Generation(self, ids, params, max_tokens, shorten, perf_counter() - started)
+        encode_s = perf_counter() - started
+        return Generation(host or self, ids, params, max_tokens, shorten, encode_s, guesses)
+
+    def _encoder(
+        self, prompt: str | Sequence[Mapping[str, str]], system: str | None, raw: bool
+    ) -> Callable[[], list[int]]:
+        """What gives the ids of a prompt, or of a conversation, which has its own system prompt."""
+        if raw and system is not None:
+            raise UsageError("--system needs the chat template that --raw leaves out")
+        if not isinstance(prompt, str):
+            return lambda: self._encode_chat(prompt)
+        messages = _conversation(prompt, system)
+        return lambda: self._encode_raw(prompt) if raw else self._encode_chat(messages)
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         from .tokenizer import encode_chat
@@ -215,15 +298,3 @@ class Model:
 def _conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": prompt}]
-
-
-def _sampling_params(sampling: Mapping[str, Any]) -> SamplingParams:
-    from dataclasses import fields
-
-    from .sampling import SamplingParams
-
-    known = [field.name for field in fields(SamplingParams)]
-    unknown = sorted(set(sampling) - set(known))
-    if unknown:
-        raise UsageError(f"unknown sampling option {unknown[0]}: use one of {', '.join(known)}")
-    return SamplingParams(**sampling)

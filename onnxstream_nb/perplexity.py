@@ -28,8 +28,8 @@ ROWS = 16  # positions whose probabilities are computed at once, in float64
 
 @dataclass
 class Reader:
-    """A model, opened with `all_logits`, that reads the windows. `nll` holds what the counted
-    tokens cost it, in nats; `tokens` and `seconds` are what it has read, and in what time."""
+    """A model that reads the windows. `nll` holds what the counted tokens cost it, in nats;
+    `tokens` and `seconds` are what it has read, and in what time."""
 
     name: str
     llm: LanguageModel

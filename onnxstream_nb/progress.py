@@ -1,8 +1,10 @@
-"""Progress as every part of the package reports it: a line of text and the fraction done."""
+"""Progress as every part of the package reports it: a line of text and the fraction done, and how
+far a reply is that somebody waits for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 Report = Callable[[str, float | None], None]
@@ -50,3 +52,42 @@ def of_download(report: Report) -> Callable[[Download], None]:
         )
 
     return on_download
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A pass over a model's weights that is under way.
+
+    `weight` is what was read from disk last ("" when every weight is in memory), `pass_read` of
+    `pass_bytes` bytes of this pass have been used, `bytes_read` counts all since the model was
+    opened. `tokens` of the `wanted` that the context is to hold are in it; `now` more are being
+    read by this pass.
+    """
+
+    weight: str
+    bytes_read: int
+    pass_read: int
+    pass_bytes: int
+    tokens: int
+    wanted: int
+    now: int
+
+    @property
+    def tokens_read(self) -> float:
+        """`tokens` with the share of the pass's own that is done, as far as its bytes tell it."""
+        share = self.pass_read / self.pass_bytes if self.pass_bytes else 0.0
+        return self.tokens + share * self.now
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyProgress:
+    """How far a reply is: `reading` is what its next token waits for, None between two passes.
+
+    `written` tokens are there, at most `left` more will come, and one takes `token_s` seconds on
+    average, None before there is an average.
+    """
+
+    reading: Reading | None
+    written: int
+    left: int
+    token_s: float | None

@@ -35,7 +35,9 @@ class Operator:
     `n_outputs`, the number of outputs the node names. `uses` names the kernels it may call, so
     that they are compiled before the first run; "{encoding}" stands for its weight's encoding.
     `lower` takes what the function takes and returns the kernel calls that compute it, into
-    arrays of its own, or None when for these inputs there is more to it.
+    arrays of its own, or None when for these inputs there is more to it. `view` says that it reads
+    no elements of its first input and returns looks at it, where NumPy has them; `working` takes
+    the shapes of the inputs (None: not there) and says how many bytes it needs beside its results.
     """
 
     op_type: str
@@ -50,6 +52,8 @@ class Operator:
     wants_outputs: bool
     uses: tuple[str, ...]
     lower: Callable[..., Any] | None
+    view: bool
+    working: Callable[..., int] | None
 
 
 _OPERATORS: dict[tuple[str, str, str], dict[int, Operator]] = {}
@@ -67,6 +71,8 @@ def op(
     lookups: tuple[str, ...] = (),
     uses: tuple[str, ...] = (),
     lower: Callable[..., Any] | None = None,
+    view: bool = False,
+    working: Callable[..., int] | None = None,
 ) -> Callable[[F], F]:
     """Declare that the function implements `op_type` of `domain` from opset `since` on."""
 
@@ -83,6 +89,8 @@ def op(
             wants_outputs="n_outputs" in keywords,
             uses=uses,
             lower=lower,
+            view=view,
+            working=working,
         )  # fmt: skip
         _OPERATORS.setdefault((domain, op_type, device), {})[since] = entry
         return function

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,15 @@ class SamplingParams:
                 raise UsageError(f"logit_bias {{{token!r}: {bias!r}}} should be {{id: number}}")
 
 
+def params_of(options: Mapping[str, Any]) -> SamplingParams:
+    """The params that options name; UsageError for a name that none has."""
+    known = [each.name for each in fields(SamplingParams)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise UsageError(f"unknown sampling option {unknown[0]}: use one of {', '.join(known)}")
+    return SamplingParams(**options)
+
+
 _RANGES: Mapping[str, tuple[float, float, bool]] = {
     "temperature": (0.0, math.inf, False),
     "top_p": (0.0, 1.0, True),
@@ -90,6 +100,31 @@ def _check_whole(name: str, value: object, smallest: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Ids (n,), ascending, that may be drawn, and the weight of each (n,), in float64; a
+    probability is a weight's share of their sum."""
+
+    ids: Ids
+    weights: npt.NDArray[np.float64]
+
+    def probability(self, token: int) -> float:
+        """Of one id; 0.0 of those that are not drawn."""
+        at = int(np.searchsorted(self.ids, token))
+        if at == self.ids.size or self.ids[at] != token:
+            return 0.0
+        return float(self.weights[at] / self.weights.sum())
+
+    def beyond(self, other: Distribution) -> Distribution:
+        """What this one has over the other, max(p - q, 0); itself where rounding leaves nothing."""
+        p, q = self.weights / self.weights.sum(), other.weights / other.weights.sum()
+        _, here, there = np.intersect1d(
+            self.ids, other.ids, assume_unique=True, return_indices=True
+        )
+        p[here] = np.maximum(p[here] - q[there], 0)
+        return Distribution(self.ids, p) if p.any() else self
+
+
 class Sampler:
     """Draws ids. Its random numbers depend on the seed alone, on every platform (PCG64)."""
 
@@ -101,10 +136,42 @@ class Sampler:
         """logits (V,), and the tokens so far for the penalties -> an id, and the natural
         logarithm of its probability in the model's own distribution (before every option)."""
         total = log_sum_exp(logits)
-        adjusted = self._adjusted(logits, recent)
-        greedy = self.params.temperature == 0
-        token = int(np.argmax(adjusted)) if greedy else self._draw(adjusted)
+        token = self.draw(self.distribution(logits, recent))
         return token, float(logits[token]) - total
+
+    def next_or_guess(
+        self,
+        logits: npt.NDArray[np.float32],
+        recent: Sequence[int],
+        guess: int,
+        drawn_from: Distribution,
+    ) -> tuple[int, float]:
+        """As `next`, for who has drawn `guess` from another distribution, q: it is taken with
+        probability min(1, p / q), else what p has over q decides. Which ids come, and how often, is
+        as of `next`; how often the guess is right is the most that can be (Leviathan et al., arXiv
+        2211.17192; Chen et al., arXiv 2302.01318)."""
+        total = log_sum_exp(logits)
+        wanted = self.distribution(logits, recent)
+        p, q = wanted.probability(guess), drawn_from.probability(guess)
+        token = guess if self._random.random() * q < p else self.draw(wanted.beyond(drawn_from))
+        return token, float(logits[token]) - total
+
+    def distribution(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> Distribution:
+        """What `next` draws from: after bias, penalties, top-k, top-p, min-p and temperature."""
+        p, adjusted = self.params, self._adjusted(logits, recent)
+        if p.temperature == 0:
+            return Distribution(np.array([np.argmax(adjusted)]), np.ones(1))
+        ids = top_k(adjusted, p.top_k)
+        below = adjusted[ids].astype(np.float64)
+        below -= below.max()
+        chosen = nucleus(np.exp(below), p.top_p, p.min_p)
+        return Distribution(ids[chosen], np.exp(below[chosen] / p.temperature))
+
+    def draw(self, distribution: Distribution) -> int:
+        """One of its ids, for one random number."""
+        cumulative = np.cumsum(distribution.weights)
+        point = self._random.random() * cumulative[-1]
+        return int(distribution.ids[np.searchsorted(cumulative, point, side="right")])
 
     def _adjusted(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> Floats:
         """The logits after bias and penalties; the given array where neither changes anything."""
@@ -119,18 +186,6 @@ class Sampler:
         if penalised:
             penalise(result, window, p)
         return result
-
-    def _draw(self, logits: Floats) -> int:
-        p = self.params
-        ids = top_k(logits, p.top_k)
-        below = logits[ids].astype(np.float64)
-        below -= below.max()
-        relative = np.exp(below)
-        chosen = nucleus(relative, p.top_p, p.min_p)
-        cumulative = np.cumsum(np.exp(below[chosen] / p.temperature))
-        point = self._random.random() * cumulative[-1]
-        index = int(np.searchsorted(cumulative, point, side="right"))
-        return int(ids[chosen][index])
 
 
 def log_sum_exp(logits: npt.NDArray[np.float32]) -> float:

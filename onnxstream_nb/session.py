@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import formats, passes, trace
-from .device import parse_size, physical_cores
+from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .graph import Graph, Value, WeightRef
-from .loading import choose, make_provider
-from .lowering import Replay
+from .loading import choose, choose_reserve, make_provider
+from .lowering import TABLE_BYTES, Replay
 from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fast", "exact")
 PRECISION = "exact"
+IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
@@ -72,8 +73,9 @@ class Session:
     `model` is a path, the bytes of a serialized model, an `onnx.ModelProto`, or a `Graph`.
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
     the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
-    as "2GB", of which `reserve` bytes are set aside for a cache. `threads` defaults to the physical
-    cores; `precision` says how products of many rows are computed: "exact" as in float32 (block
+    as "2GB", of which `reserve` bytes are set aside for a cache, one of several where that depends
+    on the budget: it becomes the attribute. `threads` defaults to the physical cores;
+    `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
     "fast" in bfloat16 where the processor has it; `device` is
     "cpu". `optimize=False` runs the graph as it stands. With `packed`, a folder, weights that have
@@ -94,10 +96,11 @@ class Session:
         precision: str = PRECISION,
         device: str = "cpu",
         optimize: bool = True,
-        reserve: int = 0,
+        reserve: int | Sequence[int] = 0,
         packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
+        peak = peak_rss()
         graph = load_graph(model)
         self.graph = passes.optimize(graph, decode_constant) if optimize else graph
         self.threads = _thread_count(threads)
@@ -114,7 +117,11 @@ class Session:
         self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
         prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        holding = choose(self.plan, load, budget, reserve, packer.panel_bytes)
+        reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
+        holding, self.reserve = choose_reserve(
+            partial(choose, self.plan, load, budget, packer.panel_bytes, reached),
+            (reserve,) if isinstance(reserve, int) else reserve,
+        )
         if holding.slots:
             prepare(self.plan.kernels)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
@@ -123,6 +130,7 @@ class Session:
         self._closed = False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
+        self._arena, self._has_budget = internal("Arena")(), ram is not None
         self._decode = internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
@@ -159,21 +167,27 @@ class Session:
             self._set_threads(self.threads)
             self._set_precision(self.precision)
             checked = _checked_feeds(self.inputs, feeds)
+            getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
+            if self._has_budget:
+                self._arena.trim_unused()
+            self._arena.trim(IDLE)
             return self._results(values, wanted, feeds)
 
     def _replayed(
         self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
     ) -> dict[str, Any] | None:
-        """The values after a replay of one token's tables, or None when it is not for these feeds.
+        """The values after a replay of a token's tables, or None when it is not for these feeds.
 
-        The first run for one token over a cache is recorded, and so is one after the cache moved.
+        The first run for one token over a cache is recorded, or for one token each of several
+        sequences.
         """
-        if trace.current() is not None or not _is_token(feeds):
+        tokens = _next_tokens(feeds)
+        if trace.current() is not None or not self._is_recorded(tokens):
             return None
         known = self._replay
         if known is not None and known.fits(feeds, wanted):
@@ -187,10 +201,17 @@ class Session:
         values = {**self.plan.constants, **own}
         replay = Replay(
             self.plan, values, self._argument, internal("Table"), self._is_lasting, stop,
-            previous=known.values if known is not None else None,
+            previous=known.values if known is not None and known.tokens == tokens else None,
         )  # fmt: skip
         self._replay = replay if replay.lowered else None
         return values
+
+    def _is_recorded(self, tokens: int) -> bool:
+        """Whether runs for so many next tokens are recorded. Several take memory for all that is
+        computed, which no budget counts, and pay where Python takes long beside the kernels."""
+        if tokens > 1:
+            return not self._has_budget and self.plan.weight_bytes <= TABLE_BYTES
+        return tokens == 1
 
     def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:
         recording = trace.current()
@@ -199,10 +220,9 @@ class Session:
                 raise Interrupted("the run was stopped")
             begun = time.perf_counter() if recording else 0.0
             arguments = [self._argument(values, name, form) for name, form in step.inputs]
-            results = step.call(arguments)
-            for name, result in zip(step.outputs, results, strict=False):
-                if name:
-                    values[name] = result
+            named = zip(step.outputs, step.call(arguments), strict=False)
+            values.update((name, result) for name, result in named if name)
+            del arguments, named  # or what dies now would live through the next step
             for ref in step.weights:
                 self.provider.release(ref)
             for name in step.dead:
@@ -261,6 +281,7 @@ class Session:
         with self._lock:
             self._closed, self._replay = True, None
             getattr(self.provider, "close", lambda: None)()
+            self._arena.trim()
 
     def __enter__(self) -> Session:
         return self
@@ -269,14 +290,17 @@ class Session:
         self.close()
 
 
-def _is_token(feeds: Mapping[str, Any]) -> bool:
-    """Whether the feeds hold one token beside a cache that kernels append to."""
-    arrays = [f for f in feeds.values() if isinstance(f, np.ndarray)]
+def _next_tokens(feeds: Mapping[str, Any]) -> int:
+    """How many tokens the feeds hold, one for each sequence whose cache kernels append to; 0 when
+    they are something else."""
+    arrays = [f for n, f in feeds.items() if isinstance(f, np.ndarray) and n != passes.LOGIT_ROWS]
     slots = [f for f in feeds.values() if not isinstance(f, np.ndarray)]
-    if not slots or not all(hasattr(type(slot), "address") for slot in slots):
-        return False
-    total = slots[0].length + 1  # what an attention mask covers
-    return all(f.size in (1, total) for f in arrays)
+    if not slots or not all(hasattr(slot, "advanced") for slot in slots):
+        return 0
+    tokens: int = slots[0].tokens
+    total = slots[0].shape[2] + 1  # what an attention mask covers
+    sizes = {f.size for f in arrays}
+    return tokens if tokens in sizes and sizes <= {tokens, total} else 0
 
 
 def _thread_count(threads: int | None) -> int:

@@ -18,13 +18,15 @@ import numpy as np
 
 from .files import Bytes, Files, aligned, room
 from .graph import WeightRef
+from .lookup import LOOK_S, look
 from .weight import Weight
-from .weights import DiskProvider, RamProvider, WeightsProvider
+from .weights import DiskProvider, RamProvider, WeightsProvider, in_memory
 
 PIECE = 2 << 20  # bytes: large enough for the disk, small enough that many fit a small budget
 LEAST_PIECES = 8  # in the ring: one in use, and reads under way
 MOST_PIECES = 32
-READERS = 2  # reads under way at a time: more are no faster, and wake more threads
+READERS = 3  # reads under way at a time: more are no faster, and wake more threads
+CLOSING_S = 1.0  # for a read that is under way to end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +81,7 @@ class _Ring:
         self.pieces: Sequence[Piece] = ()
         self.bytes_read = 0
         self.reading: str = ""
+        self.pass_read = 0  # bytes of this pass that the consumer has had
         self.waited = 0.0  # seconds that the consumer waited
         each = room(size)
         memory = aligned(slots * each)
@@ -90,15 +93,18 @@ class _Ring:
         self._passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
+        self.stop_on: threading.Event | None = None  # a pass may be given up
         self._threads: list[threading.Thread] = []
 
     def begin(self, pieces: Sequence[Piece]) -> None:
         """A pass over the pieces begins; what was read ahead for it is kept."""
+        changed = self.files.forget_changed()
         with self._change:
             failed = any(isinstance(found, BaseException) for _, found in self._ready.values())
-            if failed or self.pieces is not pieces or self._next_use % max(1, len(pieces)):
+            midway = self.pieces is not pieces or self._next_use % max(1, len(pieces))
+            if midway or changed or failed:
                 self._restart()
-            self.pieces = pieces
+            self.pieces, self.pass_read = pieces, 0
             self._passes += 1
             if pieces and not self._threads:
                 self._threads = [
@@ -152,13 +158,14 @@ class _Ring:
         with self._change:
             started = perf_counter()
             while (number := self._number(piece)) is not None:
+                look(self.stop_on)
                 self._next_use = number
                 for passed in [n for n in self._ready if n < number]:
                     self._free.append(self._ready.pop(passed)[0])
                     self._change.notify_all()
                 if number in self._ready:
                     break
-                self._change.wait()
+                self._change.wait(LOOK_S if self.stop_on is not None else None)
             self.waited += perf_counter() - started
             if number is None:
                 return None
@@ -168,6 +175,7 @@ class _Ring:
                 self._free.append(slot)
                 self._change.notify_all()
                 raise found
+            self.pass_read += piece.nbytes
             return slot, found
 
     def _number(self, piece: Piece) -> int | None:
@@ -199,10 +207,10 @@ class _Ring:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads and close the files."""
+        """End the threads and close the files. A read that the disk does not answer may go on."""
         self.stop()
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSING_S)
         self.files.close()
 
 
@@ -243,6 +251,9 @@ class _Streamed(Weight):
 
     def _bytes(self) -> Iterator[tuple[Piece, Bytes]]:
         for piece in self._pieces:
+            if not _is_read(piece):
+                yield piece, in_memory(piece.ref)[piece.start : piece.stop]
+                continue
             taken = self._ring.take(piece)
             if taken is None:
                 yield piece, self._ring.read(piece)
@@ -257,8 +268,8 @@ class StreamProvider:
     """Streams weights through a ring of buffers; some of their rows may be held in memory.
 
     `refs` are all weights in the order of their use. `held` says of how many stored rows of which
-    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps and
-    serves. Of `tables` only rows are looked up, and each is read when it is wanted.
+    matrix (by `WeightRef.matrix`; of one that does not come in rows, all or none) `memory` keeps
+    and serves. Of `tables` only rows are looked up, and each is read when it is wanted.
     """
 
     def __init__(
@@ -279,7 +290,8 @@ class StreamProvider:
             for ref in refs
             if ref.matrix not in self._tables and _has_file(ref) and not self._is_held(ref)
         }
-        self._order = [piece for ref in refs for piece in self._cut.get(ref.matrix, ())]
+        pieces = (piece for ref in refs for piece in self._cut.get(ref.matrix, ()))
+        self._order = [piece for piece in pieces if _is_read(piece)]
         largest = max((piece.nbytes for piece in self._order), default=0)
         self._ring = _Ring(slots if self._order else 0, largest)
         weakref.finalize(self, self._ring.stop)
@@ -294,6 +306,11 @@ class StreamProvider:
     def bytes_a_pass(self) -> int:
         """Bytes that every pass reads from disk."""
         return sum(piece.nbytes for piece in self._order)
+
+    @property
+    def pass_read(self) -> int:
+        """Bytes of them that the pass under way has used."""
+        return self._ring.pass_read
 
     @property
     def reading(self) -> str:
@@ -317,8 +334,13 @@ class StreamProvider:
         held = self._memory.get(ref.rows(0, rows)) if rows else None
         return _Streamed(ref, held, pieces, self._ring)
 
+    def stop_on(self, stop: threading.Event | None) -> None:
+        """Give up a pass, with Interrupted, when `stop` is set while it waits for the disk."""
+        self._ring.stop_on = self._disk.stop_on = stop
+
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins. Its order is that of the weights this provider was made for."""
+        self._disk.prefetch(refs)
         self._ring.begin(self._order)
 
     def release(self, ref: WeightRef) -> None:
@@ -332,4 +354,8 @@ class StreamProvider:
 
 
 def _has_file(ref: WeightRef) -> bool:
-    return ref.nbytes > 0 and all(isinstance(p.source, Path) for p in ref.parts or (ref,))
+    return ref.nbytes > 0 and any(isinstance(p.source, Path) for p in ref.parts or (ref,))
+
+
+def _is_read(piece: Piece) -> bool:
+    return isinstance(piece.ref.source, Path)

@@ -22,6 +22,7 @@ import numpy as np
 from .errors import ModelError
 from .files import Files, aligned, truncated
 from .graph import WeightRef
+from .lookup import fetch_all
 from .weight import Weight, encoded_bytes, numpy_dtype
 
 __all__ = [
@@ -75,6 +76,7 @@ class DiskProvider:
         self._files = Files()
         self._lock = threading.Lock()
         self.bytes_read = 0
+        self.stop_on: threading.Event | None = None  # looking up rows may be given up
 
     def get(self, ref: WeightRef) -> Weight:
         return Weight(ref, self.read(ref, 0, ref.nbytes))
@@ -85,8 +87,10 @@ class DiskProvider:
             return joined(ref, lambda part: self.read(part, 0, part.nbytes))[start:stop]
         if isinstance(ref.source, bytes):
             return in_memory(ref)[start:stop]
-        self.bytes_read += stop - start
-        return self._files.read(ref, start, stop)
+        found = self._files.read(ref, start, stop)
+        with self._lock:
+            self.bytes_read += stop - start
+        return found
 
     def read_into(self, ref: WeightRef, start: int, place: np.ndarray[Any, Any]) -> None:
         """Bytes of a reference from `start` on into `place` (n,) uint8; several threads may."""
@@ -100,10 +104,22 @@ class DiskProvider:
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
-        return np.stack([self.read(ref, each * i, each * (i + 1)) for i in map(int, ids)])
+        wanted = [int(i) for i in ids]
+        unique = list(dict.fromkeys(wanted))
+
+        def row(i: int) -> np.ndarray[Any, Any]:
+            return self.read(ref, each * i, each * (i + 1))
+
+        if self.stop_on is None:
+            rows = [row(i) for i in unique]
+        else:
+            rows = fetch_all(row, unique, self.stop_on)
+        found = dict(zip(unique, rows, strict=True))
+        return np.stack([found[i] for i in wanted]) if wanted else np.empty((0, each), np.uint8)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
-        """Nothing: every read waits for its turn."""
+        """Nothing to read: every read waits for its turn. Files that changed are opened anew."""
+        self._files.forget_changed()
 
     def release(self, ref: WeightRef) -> None:
         """Nothing is kept."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from onnxstream_nb.errors import Interrupted
 from onnxstream_nb.model import Model
+from onnxstream_nb.progress import Reading
 from onnxstream_nb.tokenizer.vocabulary import Conventions, Tokenizer
 
 BOS, IM_START, IM_END = 256, 257, 258
@@ -55,8 +57,11 @@ def shout(message: str) -> str:
 class FakeLLM:
     """Continues a ChatML prompt with `answer(last user message)`, any other text with "!".
 
-    `delay` is seconds for each chunk fed. `fed` counts tokens fed, `calls` the ids of each feed.
+    `delay` is seconds for each chunk fed. `calls` are the ids of each feed, `longest` is the most
+    tokens that it held. It says that each chunk streams `pass_bytes`, evenly over the delay.
     """
+
+    streams, every_position = False, True
 
     def __init__(
         self,
@@ -64,10 +69,14 @@ class FakeLLM:
         *,
         context: int = 4096,
         delay: float = 0.0,
+        pass_bytes: int = 0,
     ) -> None:
         self.context, self.vocab_size, self.delay = context, VOCAB, delay
         self.tokens: list[int] = []
         self.calls: list[list[int]] = []
+        self.passes = self.longest = 0
+        self.pass_bytes, self._streamed = pass_bytes, 0
+        self._pass: tuple[float, int, int] | None = None  # when it began, its tokens, all wanted
         self.closed = False
         self.fail: Exception | None = None
         self._answer = answer
@@ -78,16 +87,47 @@ class FakeLLM:
         assert not self.closed
         assert len(self.tokens) + len(ids) <= self.context, "fed beyond the context"
         self.calls.append(list(ids))
+        wanted = len(self.tokens) + len(ids)
         for start in range(0, len(ids), CHUNK):
             if self.fail is not None:
                 raise self.fail
-            wait = stop or threading.Event()
-            if wait.wait(self.delay) if self.delay else wait.is_set():
-                raise Interrupted("stopped while reading")
-            self.tokens += ids[start : start + CHUNK]
+            chunk, wait = ids[start : start + CHUNK], stop or threading.Event()
+            self._pass = time.monotonic(), len(chunk), wanted
+            try:
+                if wait.wait(self.delay) if self.delay else wait.is_set():
+                    raise Interrupted("stopped while reading")
+            finally:
+                self._streamed, self._pass = self.bytes_streamed, None
+            self.tokens += chunk
+            self.passes += 1
+        self.longest = max(self.longest, len(self.tokens))
         logits = np.full(VOCAB, -30.0, np.float32)
         logits[self.wanted()] = 30.0
         return logits
+
+    def logits(self, ids: Sequence[int], stop: threading.Event | None = None) -> np.ndarray:
+        passes, rows = self.passes, [self.feed([i], stop) for i in ids]
+        self.passes = passes + 1
+        self.calls[-len(rows) :] = [list(ids)]
+        return np.stack(rows)
+
+    @property
+    def bytes_streamed(self) -> int:
+        return self._streamed + self._pass_read()
+
+    def _pass_read(self) -> int:
+        if self._pass is None or not self.delay:
+            return 0
+        return int(self.pass_bytes * min(1.0, (time.monotonic() - self._pass[0]) / self.delay))
+
+    def reading(self) -> Reading | None:
+        if self._pass is None:
+            return None
+        done, (_, now, wanted) = self._pass_read(), self._pass
+        name = "blk.12.ffn_up.weight" if self.pass_bytes else ""
+        return Reading(
+            name, self._streamed + done, done, self.pass_bytes, len(self.tokens), wanted, now
+        )
 
     def rewind(self, length: int) -> None:
         assert 0 <= length <= len(self.tokens)
@@ -151,10 +191,13 @@ def main() -> int:
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--pass-bytes", type=int, default=0)
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--model-context", type=int, default=4096)
     parser.add_argument("--continue", dest="resume", action="store_true")
     parser.add_argument("--system")
+    parser.add_argument("--generate", metavar="PROMPT", help="instead of a chat")
+    parser.add_argument("--json", action="store_true")
     parser.add_argument("--fail", action="store_true")
     given = parser.parse_args()
 
@@ -163,12 +206,20 @@ def main() -> int:
         for i in range(steps):
             progress(f"compiling gemv_q4_1 ({i + 1}/{steps})", i / steps)
             threading.Event().wait(given.load_s / steps)
-        model = fake_model(talk, delay=given.delay, context=given.model_context)
+        model = fake_model(
+            talk, delay=given.delay, context=given.model_context, pass_bytes=given.pass_bytes
+        )
         if given.fail:
             model.llm.fail = OSError(2, "No such file or directory", "weights.bin")
         return model
 
     Model.load = load  # type: ignore[method-assign, assignment]
+    if given.generate:
+        from onnxstream_nb import cli
+
+        return cli.main(
+            ["generate", "fake", "--prompt", given.generate, *(["--json"] if given.json else [])]
+        )
     return chat.run("fake", options=chat.ChatOptions(system=given.system, resume=given.resume))
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 
@@ -14,7 +16,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import kernel_oracles as oracles  # noqa: E402
 import panel_oracles  # noqa: E402
 import quantised_models as quantised  # noqa: E402
+from spilled_slots import Twins  # noqa: E402
+from tiled_weights import Tiled  # noqa: E402
 
+from onnxstream_nb import spill  # noqa: E402
 from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
 from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization  # noqa: E402
@@ -51,6 +56,19 @@ def products(orders: tuple[tuple[str, bool], ...]) -> None:
             for m in (1, 2, 13):
                 x = normal(m, k)
                 oracles.assert_product(matmul(x, weight), x, dense, encoding)
+
+
+def tiles(orders: tuple[tuple[str, bool], ...]) -> None:
+    """As the whole weight, and few rows as each of them alone; NumPy's twin of the tile that many
+    rows are multiplied in adds up what it is given in an order of its own."""
+    for encoding, transposed in orders:
+        weight, dense = oracles.random_weight(encoding, 64, 65, RNG, transposed)
+        x = normal(9, 64)
+        for m in (1, 3, 9):
+            whole, y = matmul(x[:m], weight), matmul(x[:m], Tiled(weight, (32,)))
+            oracles.assert_product(y, x[:m], dense, encoding)
+            assert np.array_equal(y, whole) or (m == 9 and not transposed), encoding
+        assert np.array_equal(matmul(x[:3], weight)[1:2], matmul(x[1:2], weight)), encoding
 
 
 def panels(encodings: tuple[str, ...]) -> None:
@@ -96,6 +114,17 @@ def attention(head_sizes: tuple[int, ...]) -> None:
             assert_close(y, oracles.attention(part[0], keys, values, causal=True, before=t))
 
 
+def spilled() -> None:
+    """Beyond the first of the smallest slices."""
+    with TemporaryDirectory() as folder, patch.object(spill, "SLICE_BYTES", 1):
+        for encoding in ("f16", "q8"):
+            twins = Twins(Path(folder), 1, 2, (16, 33), encoding)
+            twins.step(0, 130)
+            twins.step(1)
+            twins.step(3)
+            twins.assert_same_contents()
+
+
 def norms() -> None:
     x, scale, bias = normal(3, 45), normal(45), normal(45)
     assert_close(rms_normalization(x, scale), oracles.rms_norm(x, scale, 1e-5))
@@ -122,9 +151,11 @@ ALL: dict[str, Callable[[], None]] = {
     "products": lambda: products(
         (("float16", True), ("q4_0", True), ("bfloat16", False), ("uint8", False))
     ),
+    "tiles": lambda: tiles((("float16", True), ("q4_0", True), ("uint8", False))),
     "panels": lambda: panels(oracles.BLOCKED),
     "parts": lambda: parts(PARTS),
     "attention": lambda: attention((16, 33)),
+    "spilled": spilled,
     "norms": norms,
     "rope": rope,
 }

@@ -111,7 +111,10 @@ def test_an_error_in_a_turn_is_one_line_and_keeps_the_conversation() -> None:
     llm.fail = OSError(2, "No such file or directory", "weights.bin")
     talk.err, talk.out  # noqa: B018
     assert talk.say("two") == 2
-    assert talk.err == "error: [Errno 2] No such file or directory: 'weights.bin'\n"
+    assert talk.err == (
+        "error: [Errno 2] No such file or directory: 'weights.bin'\n"
+        "no reply was written: the message was taken back · /regen sends it\n"
+    )
     llm.fail = None
     assert talk.say("/regen") == 0
     assert talk.said == ["one", "ONE", "two", "TWO"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import select
-import signal
+import re
 import subprocess
 import sys
 import time
@@ -12,10 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from pseudo_terminal import PseudoTerminal, environment
 
 from onnxstream_nb.chat import saved as saved_chats
 
-ROOT = Path(__file__).parent.parent
 FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
 
 
@@ -23,10 +21,6 @@ FAKE = [sys.executable, str(Path(__file__).parent / "fake_llm.py")]
 def data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ONNXSTREAM_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
-
-
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | more
 
 
 def piped(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -86,73 +80,13 @@ def test_continue_goes_on_with_the_last_chat() -> None:
 
 # A pseudo-terminal
 
-pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
-
-
-class PseudoTerminal:
-    """The fake chat at the slave end of a pseudo-terminal."""
-
-    def __init__(self, *arguments: str, term: str = "xterm") -> None:
-        import fcntl
-        import struct
-        import termios
-
-        pid, self.fd = pty.fork()
-        if pid == 0:
-            os.execve(FAKE[0], [*FAKE, *arguments], environment(TERM=term, NO_COLOR="1"))
-        self.pid = pid
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.seen = ""
-        self._code: int | None = None
-
-    def send(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def expect(self, text: str, timeout: float = 30.0) -> str:
-        """Reads until `text` is shown; returns what came before it."""
-        end = time.monotonic() + timeout
-        while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not come: {self.seen!r}"
-            self._read()
-        before, _, self.seen = self.seen.partition(text)
-        return before
-
-    def wait(self) -> int:
-        """Waits for the end; returns the exit code."""
-        end = time.monotonic() + 30
-        while self._code is None:
-            assert time.monotonic() < end, f"the program did not end: {self.seen!r}"
-            self._read()
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                self._code = os.waitstatus_to_exitcode(status)
-        return self._code
-
-    def close(self) -> None:
-        if self._code is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-        os.close(self.fd)
-
-    def _read(self) -> None:
-        if not select.select([self.fd], [], [], 0.1)[0]:
-            return
-        try:
-            data = os.read(self.fd, 65536).decode("utf-8", "replace")
-        except OSError:  # the program has ended
-            time.sleep(0.05)
-            return
-        if "\x1b[6n" in data:  # prompt_toolkit asks where the cursor is
-            os.write(self.fd, b"\x1b[1;1R")
-        self.seen += data
-
 
 @pytest.fixture
 def at_terminal() -> Iterator[Callable[..., PseudoTerminal]]:
     opened: list[PseudoTerminal] = []
 
     def start(*arguments: str, term: str = "xterm") -> PseudoTerminal:
-        opened.append(PseudoTerminal(*arguments, term=term))
+        opened.append(PseudoTerminal([*FAKE, *arguments], term))
         return opened[-1]
 
     yield start
@@ -202,6 +136,35 @@ def test_ctrl_c_while_the_prompt_is_read(at_terminal: Callable[..., PseudoTermin
     chat.expect(">>>")
     chat.send("/bye\r")
     assert chat.wait() == 0
+
+
+def test_a_slow_token_says_what_it_waits_for(at_terminal: Callable[..., PseudoTerminal]) -> None:
+    chat = at_terminal("--delay", "1.5", "--pass-bytes", "3000000000", term="xterm")
+    chat.expect(">>>")
+    chat.send("hi\r")
+    chat.expect("prompt 0 of 21 tokens · blk.12.ffn_up.weight · ")
+    assert re.match(r"[12]\.\d\d GB/s · 0:0\d left\x1b\[0m\r", chat.expect("\n"))
+    chat.expect("prompt 16 of 21 tokens · ")
+    chat.expect("\r\x1b[1A\x1b[JH\r\n")
+    chat.expect("reading blk.12.ffn_up.weight · ")
+    assert re.match(r"[12]\.\d\d GB/s · at most 1:\d\d:\d\d left\x1b\[0m\r", chat.expect("\n"))
+    chat.expect("\r\x1b[2A\x1b[JHI\r\n")
+    chat.expect("streamed ")
+    assert re.match(r"\d+\.\d GB at [12]\.\d+ GB/s · peak", chat.expect("MB"))
+    chat.send("\x04")
+    assert chat.wait() == 0
+
+
+def test_a_slow_token_of_generate(at_terminal: Callable[..., PseudoTerminal]) -> None:
+    slow = ("--delay", "1.5", "--pass-bytes", "3000000000", "--generate", "a")
+    run = at_terminal(*slow)
+    run.expect("prompt 16 of ")
+    run.expect("A")
+    run.expect("\n\r\x1b[K")
+    run.expect("reading blk.12.ffn_up.weight · ")
+    run.expect("\r\x1b[K\x1b[A\x1b[1C")
+    assert run.wait() == 0
+    assert at_terminal(*slow, "--json").wait() == 0
 
 
 def test_ctrl_c_while_loading_leaves_with_one_line(

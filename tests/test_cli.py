@@ -21,6 +21,7 @@ from onnxstream_nb import cli, model
 from onnxstream_nb.cli.main import parse
 from onnxstream_nb.cli.verbs import SAMPLING, VERBS
 from onnxstream_nb.errors import ModelError, UsageError
+from onnxstream_nb.progress import ReplyProgress
 
 COMMAND = [sys.executable, "-m", "onnxstream_nb"]
 HEAVY = ("numba", "llvmlite", "numpy", "onnx", "rich", "jinja2", "huggingface_hub", "tokenizers")
@@ -62,6 +63,9 @@ class FakeRun:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def progress(self) -> ReplyProgress:
+        return ReplyProgress(None, self.stats.completion_tokens, 10, None)
 
     def __iter__(self) -> Iterator[model.Token]:
         for i, text in enumerate(("Par", "is", " ✓")):
@@ -232,13 +236,14 @@ def test_variables_stand_for_flags() -> None:
     environment = {
         "ONNXSTREAM_TOP_K": "7", "ONNXSTREAM_RAM": "1.5GiB", "ONNXSTREAM_LOAD": "stream",
         "ONNXSTREAM_STOP": "\n", "ONNXSTREAM_RAW": "yes", "ONNXSTREAM_JSON": "0",
-        "ONNXSTREAM_PROMPT": "hi",
+        "ONNXSTREAM_PROMPT": "hi", "ONNXSTREAM_DRAFT": "small", "ONNXSTREAM_SPECULATE": "0",
     }  # fmt: skip
     options = parse("generate", ["m", "--top-k", "8"], environment)
     assert options["top_k"] == 8  # the command line wins
     assert (options["ram"], options["load"]) == (3 << 29, "stream")
     assert (options["stop"], options["raw"], options["json"]) == (("\n",), True, False)
     assert (options["prompt"], options["model"]) == ("hi", "m")
+    assert (options["draft"], options["speculate"]) == ("small", 0)
     bench = parse("bench", ["m"], {"ONNXSTREAM_N_PROMPT": "16,32", "ONNXSTREAM_N_DEPTH": "4"})
     assert (bench["n_prompt"], bench["n_depth"], bench["n_gen"]) == ((16, 32), (4,), (64,))
 
@@ -249,6 +254,9 @@ def test_variables_stand_for_flags() -> None:
         ("TEMPERATURE", "warm", "ONNXSTREAM_TEMPERATURE: 'warm' is not a number"),
         ("RAM", "big", "ONNXSTREAM_RAM: 'big' is not a size"),
         ("SHOW_PROMPT", "maybe", "ONNXSTREAM_SHOW_PROMPT: 'maybe' is neither 1 nor 0"),
+        ("SPECULATE", "8", "ONNXSTREAM_SPECULATE: must be at most 7, not 8"),
+        ("SPECULATE", "-1", "ONNXSTREAM_SPECULATE: must be at least 0, not -1"),
+        ("DRAFT", "", "ONNXSTREAM_DRAFT: the text is empty"),
         ("LOAD", "MMAP", "ONNXSTREAM_LOAD: 'MMAP' is none of auto, stream, mmap, ram"),
         ("DEBUG", "x", "ONNXSTREAM_DEBUG: 'x' is neither 1 nor 0"),
     ],
@@ -281,14 +289,15 @@ def test_generate_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> N
     out = capsys.readouterr().out
     assert json.loads(out) == {
         "text": "Paris ✓", "tokens": [100, 101, 102], "prompt_tokens": 3, "completion_tokens": 3,
+        "passes": 0, "drafted": 0, "accepted": 0,
         "prefill_tps": 6.0, "decode_tps": 10.0, "ttft_s": 0.6, "load_s": 0.25,
-        "peak_rss_mb": 100.5, "stop_reason": "eos",
+        "bytes_read": 0, "peak_rss_mb": 100.5, "stop_reason": "eos",
     }  # fmt: skip
     assert out.count("\n") == 1
     assert fake.asked == {
         "name": "m", "load": "ram", "ram": None, "threads": None, "context": None,
-        "precision": "auto", "kv_cache": "f16", "packed": None, "prompt": "capital?",
-        "system": None, "raw": False, "max_tokens": 9,
+        "precision": "auto", "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": None,
+        "speculate": None, "prompt": "capital?", "system": None, "raw": False, "max_tokens": 9,
         "temperature": 0.0, "stop": ("x",),
     }  # fmt: skip
     assert fake.closed
@@ -320,10 +329,10 @@ def test_a_terminal_gets_no_escape_sequences(
     from onnxstream_nb.cli import commands
 
     evil = [model.Token("a\x1b[2Jb\n", 1, 0.0)]
-    commands.stream(evil)
+    commands.stream(evil, FakeRun().progress)
     assert capsys.readouterr().out == "a\x1b[2Jb\n\n"  # a pipe gets the bytes as they are
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    commands.stream(evil)
+    commands.stream(evil, FakeRun().progress)
     assert capsys.readouterr().out == "a[2Jb\n\n"
 
 
@@ -434,13 +443,14 @@ def test_chat_without_a_name_takes_the_default(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(chat, "run", run)
     arguments = ["chat", "--continue", "--system", "s", "--top-k", "3", "--threads", "2"]
+    arguments += ["--draft", "tiny", "--speculate", "3"]
     assert cli.main(arguments) == 0
     name, options = asked
     assert (name, options.resume, options.system) == ("smollm2-135m", True, "s")
     assert options.sampling == {"top_k": 3}
     assert options.load_options == {
         "load": "auto", "ram": None, "threads": 2, "context": None, "precision": "auto",
-        "kv_cache": "f16", "packed": None,
+        "kv_cache": "f16", "kv_spill": None, "packed": None, "draft": "tiny", "speculate": 3,
     }  # fmt: skip
 
 

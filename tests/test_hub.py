@@ -428,3 +428,29 @@ def test_paths_that_lead_outside_are_refused(server: Hub, caches: Path, path: st
     with pytest.raises(DownloadError, match="outside the model's folder"):
         hub.resolve(REPO)
     assert not (caches / "hf").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prlimit is Linux's")
+def test_a_disk_that_fills_up_in_the_middle_of_a_download(server: Hub, caches: Path) -> None:
+    """What fits is kept, nothing half is left, and the same command goes on when there is room."""
+    server.repositories[REPO] = shards()
+    env = environment(server, caches)
+    code = (
+        "import resource, runpy, sys\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, resource.RLIM_INFINITY))\n"
+        "sys.argv = ['onnxstream_nb', 'pull', 'owner/model']\n"
+        "runpy.run_module('onnxstream_nb', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert "could not be stored" in errors[0] and "File too large" in errors[0]
+    assert "free some space, or set ONNXSTREAM_CACHE and HF_HOME" in errors[0]
+    assert not list(caches.rglob("*.incomplete"))
+    process = start(REPO, env)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    check_folder(Path(out.strip()), server.repositories[REPO])

@@ -22,12 +22,16 @@ def uncompiled(*command: str) -> str:
 
 
 def test_a_sample_of_the_kernels() -> None:
-    names = ("quant", "products", "panels", "parts", "attention", "norms", "rope")
+    names = (
+        "quant", "products", "tiles", "panels", "parts", "attention", "spilled", "norms", "rope",
+    )  # fmt: skip
     wanted = [f"{name} {threads}" for threads in (1, 2) for name in names]
     assert uncompiled(str(HERE / "kernel_sample.py")).splitlines() == wanted
 
 
-@pytest.mark.parametrize("file", ["test_vector.py", "test_quads.py", "test_bf16.py"])
+@pytest.mark.parametrize(
+    "file", ["test_vector.py", "test_quads.py", "test_bf16.py", "test_buffers.py"]
+)
 def test_the_twins_of_the_primitives(file: str) -> None:
     out = uncompiled("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file))
     assert " passed" in out and "failed" not in out

@@ -9,7 +9,8 @@ import pytest
 from onnx import TensorProto, helper, load_from_string
 from onnx_models import make, refusal, run, value
 
-from onnxstream_nb.errors import UnsupportedError, UsageError
+from onnxstream_nb.device import current_rss
+from onnxstream_nb.errors import MemoryBudgetError, UnsupportedError, UsageError
 from onnxstream_nb.formats import load_bytes
 from onnxstream_nb.graph import Graph, Node, Value
 from onnxstream_nb.kvcache import ArraySlot, KVCache, KVSlot, bytes_at, bytes_per_position
@@ -46,7 +47,7 @@ def test_slot_against_concatenation(kind: str, heads: int, size: int, encoding: 
     slot = KVSlot(kind, heads, size, encoding=encoding)
     plain = np.zeros((1, heads, 0, size), np.float16)
     assert slot.shape == np.asarray(slot).shape == plain.shape
-    assert slot.nbytes == slot.capacity == slot.length == 0
+    assert slot.nbytes == slot.length == 0
     for step, tokens in enumerate((1, 254, 1, 1, 0, 700, 3, 1)):
         new = rng.standard_normal((1, heads, tokens, size)).astype(np.float16)
         put(slot, new)
@@ -64,26 +65,46 @@ def test_slot_against_concatenation(kind: str, heads: int, size: int, encoding: 
     assert np.asarray(slot).dtype == np.float32
     assert np.asarray(slot, np.float16).dtype == np.float16
     assert slot.address == slot.array.ctypes.data
-    assert slot.nbytes == slot.array.nbytes + slot.scales.nbytes
+    assert slot.room_bytes == slot.array.nbytes + slot.scales.nbytes
     assert slot.array.size >= slot.capacity * heads * size
 
 
 @pytest.mark.parametrize("encoding", ["f16", "q8"])
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_slot_grows_seldom_and_never_much_too_large(kind: str, encoding: str) -> None:
-    slot, moves, address = KVSlot(kind, 2, 32, encoding=encoding), 0, 0
-    for length in range(1, 5000):
+def test_a_slot_stays_where_it_is_until_it_is_full(kind: str, encoding: str) -> None:
+    slot = KVSlot(kind, 2, 32, encoding=encoding, positions=1000)
+    address, each = slot.address, 2 * (32 * 2 if encoding == "f16" else 32 + 4)
+    assert 1000 <= slot.capacity < 1100 and slot.room_bytes == slot.capacity * each
+    for length in range(1, slot.capacity + 1):
         slot.reserve(length)
         slot.length = length
-        moves, address = moves + (slot.address != address), slot.address
-        assert length <= slot.capacity <= 1.25 * length + 256
-        assert slot.capacity % 32 == 0
-        assert slot.nbytes == slot.capacity * 2 * (32 * 2 if encoding == "f16" else 32 + 4)
-    assert moves <= 20
-    capacity = slot.capacity
+        assert slot.address == address
+        assert slot.nbytes == -(-length // 32) * 32 * each
+    with pytest.raises(UsageError, match="do not fit a cache that was made for 1056"):
+        slot.reserve(slot.capacity + 1)
     slot.length = 3
-    slot.reserve(900)
-    assert slot.capacity == capacity  # rewinding gives nothing back, and needs nothing new
+    assert slot.nbytes == slot.room_bytes  # rewinding gives nothing back
+
+
+@pytest.mark.parametrize("positions", [1, 31, 32, 33, 256, 4096, 8192, 100_000])
+def test_heads_do_not_meet_in_the_same_sets_of_a_cache(positions: int) -> None:
+    slot = KVSlot("key", 1, 1, positions=positions)
+    assert positions <= slot.capacity < positions + 64
+    assert slot.capacity % 32 == 0 != slot.capacity % 256
+
+
+def test_a_slot_takes_memory_as_it_fills() -> None:
+    before = current_rss()
+    slot = KVSlot("key", 4, 128, positions=2_000_000)
+    assert slot.room_bytes > 2_000_000_000 and slot.nbytes == 0
+    put(slot, np.ones((1, 4, 320, 128), np.float16))
+    assert slot.nbytes == 4 * 320 * 256
+    assert slot.nbytes - 4096 <= current_rss() - before < slot.nbytes + 4_000_000
+
+
+def test_address_space_that_the_system_refuses() -> None:
+    message = refusal(lambda: KVSlot("key", 64, 128, positions=1 << 50), MemoryBudgetError)
+    assert "--context" in message
 
 
 def test_slot_as_array_is_a_copy() -> None:
@@ -111,7 +132,9 @@ def test_array_slot_against_concatenation(axis: int) -> None:
         plain = np.take(plain, range(rewound), axis)
         assert slot.shape == plain.shape
         np.testing.assert_array_equal(np.asarray(slot), plain)
-    assert slot.nbytes == slot.array.nbytes >= plain.nbytes
+    assert slot.nbytes == slot.room_bytes // slot.capacity * 1024 >= plain.nbytes
+    with pytest.raises(UsageError, match="1 positions do not fit a cache that was made for 0"):
+        ArraySlot(shape, axis, np.dtype(np.float32), 0).append(new[:, :1, :1, :1])
     copy = np.array(slot)
     slot.array[...] = 9
     assert not (copy == 9).any()
@@ -248,9 +271,9 @@ def test_length_of_a_cache_is_what_all_slots_hold() -> None:
 
 def test_bytes_per_position() -> None:
     graph, pairs = _cache_graph("Attention")
-    # Values of 24 are padded to 32; a quarter more, as the slots grow by.
-    assert bytes_per_position(graph, pairs) == 2 * 2 * (40 + 32) * 5 // 4
-    assert bytes_per_position(graph, pairs, "q8") == 2 * (40 + 32 + 2 * 4) * 5 // 4
+    # Values of 24 are padded to 32.
+    assert bytes_per_position(graph, pairs) == 2 * 2 * (40 + 32)
+    assert bytes_per_position(graph, pairs, "q8") == 2 * (40 + 32 + 2 * 4)
     assert bytes_per_position(graph, []) == 0
 
 
@@ -260,15 +283,13 @@ def test_bytes_per_position() -> None:
 @pytest.mark.parametrize("positions", [1, 256, 1000, 4097])
 def test_bytes_at_are_never_exceeded(positions: int, reader: str, encoding: str) -> None:
     graph, pairs = _cache_graph(reader)
-    cache, most = KVCache(graph, pairs, encoding), 0
-    for length in range(1, positions + 1):
-        for slot in cache.slots.values():
-            before = slot.nbytes
-            slot.reserve(length)
-            slot.length = length
-            most = max(most, cache.nbytes + (before if slot.nbytes != before else 0))
-    assert cache.nbytes <= most <= bytes_at(graph, pairs, positions, encoding)
-    assert bytes_at(graph, pairs, positions, encoding) <= 4 * cache.nbytes
+    cache = KVCache(graph, pairs, encoding, positions)
+    cache.length = positions
+    least = bytes_per_position(graph, pairs, encoding) * positions
+    assert least <= cache.nbytes <= bytes_at(graph, pairs, positions, encoding)
+    # A block more than is needed at most, and a page begun for each slot.
+    most = bytes_per_position(graph, pairs, encoding) * (positions + 63) + 2 * 4096
+    assert bytes_at(graph, pairs, positions, encoding) <= most
     assert bytes_at(graph, [], positions) == 0
 
 

@@ -17,7 +17,12 @@ LEAVES = {"errors", "graph", "device", "progress"}
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
     "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
-    "packing": "session", "packed_weights": "session", "streaming": "weights", "files": "weights",
+    "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
+    "spill": "kvcache", "spill_file": "kvcache",
+    "liveness": "session", "shapes": "session", "lookup": "weights",
+    "speculation": "model", "drafting": "model",
+    "packed_weights": "session", "sequences": "llm",
+    "batch": "model", "seat": "model", "work": "model",
 }  # fmt: skip
 """The rooms of files that stand beside their room's own. Any other file or package is a room."""
 

@@ -87,7 +87,7 @@ def test_hugging_face_folder(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("load", ["stream", "mmap", "ram"])
 def test_decoding_many_tokens(load: str, threads: int, tmp_path: Path) -> None:
-    """Past the least capacity of a cache, so that it grows and moves."""
+    """Over the ends of many blocks of the cache."""
     tiny = Tiny(vocab=67, context=700, layers=1)
     held = write_gguf(tmp_path / "m.gguf", tiny)
     ids = [int(i) for i in np.random.default_rng(4).integers(0, 67, 300)]
@@ -229,6 +229,22 @@ def test_ids_outside_the_vocabulary(
     refusal(lambda: model.feed([5, wrong, 6]), OnnxstreamError)
     assert model.tokens == IDS[:4]
     near(model.feed(IDS[4:]), odd[1][-1])
+
+
+@pytest.mark.parametrize("past", [1, 2, 3, 5, 7])
+def test_as_many_ids_as_there_are_and_one_more(past: int, odd: tuple[Path, Array]) -> None:
+    """They are as long as a token's mask would be, and no token: tokens are replayed after them."""
+    path, wanted = odd
+    model = exact_model(path, load="mmap")
+    for i in range(past):
+        near(model.feed(IDS[i : i + 1]), wanted[i])
+    replay, end = model.session._replay, 2 * past + 1
+    near(model.logits(IDS[past:end]), wanted[past:end])
+    model.rewind(past)
+    near(model.feed(IDS[past:end]), wanted[end - 1])
+    near(model.feed(IDS[end : end + 1]), wanted[end])
+    assert model.session._replay is replay is not None
+    model.close()
 
 
 # -- stopping

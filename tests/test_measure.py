@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 
 from onnxstream_nb import cli, measure, registry, synthetic, trace
-from onnxstream_nb.cli import report
+from onnxstream_nb.cli import activations, report
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.graph import ENCODINGS, Graph, Node, Value, WeightRef
 from onnxstream_nb.measure import Case
@@ -106,6 +105,7 @@ class FakeLanguageModel:
         type(self).made = self
         self.graph, self.options, self.closed = graph, options, False
         self.vocab_size, self.bytes_per_token, self.tokens = 99, 5000, 0
+        self.spilled_bytes = 0
         self.precision = "exact"
         self.feeds: list[tuple[int, int]] = []
         self.clock = 0.0
@@ -255,7 +255,7 @@ def test_facts_count_tied_weights_once_and_bodies_too(monkeypatch: pytest.Monkey
         {"encoding": "float32", "tensors": 1, "parameters": 32, "size_bytes": 128},
     ]
     assert (facts["weights_bytes"], facts["parameters"]) == (5576, 4256)
-    position = 2 * 8 * 4 * 5 // 4  # float32, for no Attention reads it; a quarter to grow by
+    position = 2 * 8 * 4  # float32, for no Attention reads it
     assert (facts["context"], facts["cache_bytes"]) == (50, 50 * position)
     assert report.graph_facts(graph(), 10)["cache_bytes"] == 10 * position
     json.dumps(facts)
@@ -267,7 +267,7 @@ def test_overview_and_operators_as_text(monkeypatch: pytest.MonkeyPatch) -> None
     facts = report.graph_facts(graph())
     text = report.overview_text(facts)
     assert "opset      ai.onnx 23, com.example 1" in text
-    assert "memory     9.58 kB: weights 5.58 kB + cache 4.00 kB for 50 tokens; 5.00 kB free" in text
+    assert "memory     8.78 kB: weights 5.58 kB + cache 3.20 kB for 50 tokens; 5.00 kB free" in text
     assert "(does not fit: weights will be streamed)" in text
     assert "inputs     input_ids  int64 (1, sequence)" in text
     assert "outputs    v  float32 of any shape" in text
@@ -280,19 +280,66 @@ def test_columns_line_up_and_show_no_control_characters() -> None:
     assert text.splitlines() == ["x       count", "a[2J    1", "bbbbbb"]
 
 
-def test_inspect_plan_prints_the_sessions_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    @contextmanager
-    def session(path: Path, *, progress: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(describe=lambda: f"plan of {path.name}")
+def saved_chain(path: Path) -> Path:
+    """y = relu(x W) of (n, 300) times (300, 200)."""
+    from onnx import TensorProto, helper, numpy_helper
 
-    module = ModuleType("onnxstream_nb.session")
-    module.Session = session  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "onnxstream_nb.session", module)
-    (tmp_path / "m.onnx").write_bytes(b"x")
-    assert cli.main(["inspect", str(tmp_path / "m.onnx"), "--plan"]) == 0
-    assert capsys.readouterr().out == "plan of m.onnx\n"
+    weight = numpy_helper.from_array(np.ones((300, 200), np.float32), "W")
+    nodes = [helper.make_node("MatMul", ["x", "W"], ["p"]), helper.make_node("Relu", ["p"], ["y"])]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
+              for n, s in (("x", ("n", 300)), ("y", ("n", 200)))]  # fmt: skip
+    model = helper.make_graph(nodes, "g", values[:1], values[1:], [weight])
+    opset = [helper.make_opsetid("", 21)]
+    path.write_bytes(helper.make_model(model, opset_imports=opset).SerializeToString())
+    return path
+
+
+def test_inspect_prints_the_liveness_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """x and p, 500 floats a row, are more than p and y."""
+    path = str(saved_chain(tmp_path / "m.onnx"))
+    assert cli.main(["inspect", path, "--tokens", "100"]) == 0
+    line = "activations 200 kB at n=100 (step 0, MatMul; liveness bound)"
+    assert line in capsys.readouterr().out.splitlines()
+    assert cli.main(["inspect", path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)["activations"]
+    assert facts["activation_bytes"] == 4 * 512 * 500 < facts["with_working_memory_bytes"]
+    assert (facts["sizes"], facts["tokens"], facts["unknown"]) == ({"n": 512}, None, [])
+    assert [m["name"] for m in facts["alive"]] == ["x", "p"]
+    assert cli.main(["inspect", path, "--ops"]) == 0
+    assert "activations" not in capsys.readouterr().out
+
+
+def test_inspect_plan_ends_with_what_is_alive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(saved_chain(tmp_path / "m.onnx"))
+    assert cli.main(["inspect", path, "--plan", "--tokens", "10"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "    0  MatMul  x, W:raw[300, 200] -> p",
+        "    1  Relu    p -> y",
+        "",
+        "activations 20.0 kB at n=10 (step 0, MatMul; liveness bound)",
+        "",
+        "alive  type     shape   size     steps",
+        "x      float32  10x300  12.0 kB  0-0",
+        "p      float32  10x200  8.00 kB  0-1",
+    ]
+
+
+def test_the_bound_says_what_it_leaves_out() -> None:
+    facts = {
+        "activation_bytes": 1500, "tokens": 7, "sizes": {"n": 7}, "step": 3, "operator": "Mul",
+        "unknown": ["a", "b", "c", "d"],
+    }  # fmt: skip
+    text = "1.50 kB at 7 tokens (step 3, Mul; liveness bound)"
+    assert activations.line(facts) == (
+        f"{text}, not counting 4 values of unknown size (a, b, c, ...)"
+    )
+    assert activations.line(facts | {"unknown": []}) == text
+    fixed = facts | {"tokens": None, "sizes": {}, "unknown": []}
+    assert activations.line(fixed) == "1.50 kB (step 3, Mul; liveness bound)"
 
 
 # -- the benchmarks' harness ---------------------------------------------------------------------

@@ -384,7 +384,7 @@ def test_load_resolves_reports_and_passes_every_option(
         return types.SimpleNamespace(path=tmp_path, name=name)
 
     modules = {
-        "hub": {"resolve": resolve},
+        "hub": {"resolve": resolve, "spill_dir": lambda given: given and Path(given)},
         "llm": {"LanguageModel": Loader},
     }
     for name, content in modules.items():
@@ -395,12 +395,13 @@ def test_load_resolves_reports_and_passes_every_option(
     said: list[tuple[str, float | None]] = []
     model = Model.load(
         "some", load="ram", ram=5, threads=2, context=99, kv_cache="q8",
-        progress=lambda *a: said.append(a),
+        kv_spill="there", sequences=3, progress=lambda *a: said.append(a),
     )  # fmt: skip
     assert (model.name, model.path, model.context) == ("some", tmp_path, 99)
     assert seen == {
         "path": tmp_path, "load": "ram", "ram": 5, "threads": 2, "context": 99, "device": "cpu",
-        "precision": "auto", "kv_cache": "q8", "packed": None,
+        "precision": "auto", "kv_cache": "q8", "kv_spill": Path("there"), "packed": None,
+        "sequences": 3,
     }  # fmt: skip
     assert ("downloading a.gguf 1.0 of 4.0 MB", 0.25) in said
     assert said[-1] == ("mapping weights", 1.0)

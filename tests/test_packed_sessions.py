@@ -19,17 +19,19 @@ from kernel_oracles import BLOCKED, assert_product, decoded
 from onnx_models import refusal
 from packing_models import TiedModel, assert_within, feeds, graph_of, matrix, one_product, stored
 from panel_oracles import UNIT, row_bytes
-from weight_files import Reads
+from weight_files import Reads, pieces_of
 
-from onnxstream_nb import device
+from onnxstream_nb import device, loading
+from onnxstream_nb import session as session_module
 from onnxstream_nb.errors import ModelError, UsageError
 from onnxstream_nb.graph import Node
-from onnxstream_nb.loading import work_bytes
+from onnxstream_nb.loading import CHUNK, LEAST_CHUNK, Holding, work_bytes
 from onnxstream_nb.packing import PackedProvider
 from onnxstream_nb.plan import make_plan
 from onnxstream_nb.registry import kernels
 from onnxstream_nb.session import Session, decode_constant
-from onnxstream_nb.weights import BudgetProvider, MmapProvider, PrefetchProvider, RamProvider
+from onnxstream_nb.streaming import StreamProvider
+from onnxstream_nb.weights import MmapProvider
 
 IDS = [3, 0, 82, 3, 41]
 
@@ -44,7 +46,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 KINDS = {"auto": PackedProvider, "ram": PackedProvider, "mmap": MmapProvider,
-         "stream": PrefetchProvider}  # fmt: skip
+         "stream": StreamProvider}  # fmt: skip
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -98,19 +100,45 @@ def test_indices_from_the_end_and_none(tmp_path: Path) -> None:
         assert session.run(feeds([]))["logits"].shape == (0, 83)
 
 
-def test_a_budget_or_no_memory_packs_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_budget_that_holds_all_packs_all(tmp_path: Path) -> None:
     model = TiedModel(tmp_path, "q4_k")
+    with exact(model.graph, load="ram") as session:
+        wanted = session.run(feeds(IDS))["logits"]
     with exact(model.graph, load="ram", ram=10**11) as session:
-        assert type(session.provider) is RamProvider
-        assert_within(session.run(feeds(IDS))["logits"], model.logits(np.array(IDS), False))
+        provider: Any = session.provider
+        assert type(provider) is StreamProvider and provider.in_place
+        assert np.array_equal(session.run(feeds(IDS))["logits"], wanted)
+        assert provider.get(model.graph.initializers["a"]).order == "panels"
 
 
-def test_auto_packs_nothing_that_would_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("encoding", BLOCKED)
+@pytest.mark.parametrize("held", [0, 32, 256, 512])
+def test_the_rows_that_a_budget_holds_are_packed(
+    held: int, encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then weights are streamed, by kernels that read them as stored."""
+    """The others are multiplied as they come: each as it is by itself. The head stays in pieces, or
+    is held but for its table's rows."""
+    pieces_of(monkeypatch, 40 * row_bytes(encoding, 512))
+    model = TiedModel(tmp_path, encoding)
+    a, head = (model.graph.initializers[name] for name in ("a", "head"))
+    rows = {a.matrix: held, head.matrix: 83 if held == 256 else 0}
+    holding = Holding("stream", 512, held={m: n for m, n in rows.items() if n}, slots=3)
+    monkeypatch.setattr(session_module, "choose", lambda *_: holding)
+    with exact(model.graph, threads=2) as session:
+        provider: Any = session.provider
+        assert provider.bytes_a_pass == (512 - held) * row_bytes(encoding, 512) + (
+            0 if held == 256 else head.nbytes
+        )
+        orders = [tile.order for tile in provider.get(a).tiles()]
+        assert orders == ["panels"] * (held > 0) + ["rows"] * -(-(512 - held) // 32)
+        for ids in (IDS, IDS[:1], list(range(40))):
+            known = model.logits(np.array(ids), packed=held > 0)
+            assert_within(session.run(feeds(ids))["logits"], known)
+
+
+def test_auto_packs_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, then all with shorter passes over a prompt, then some rows of each matrix."""
+    pieces_of(monkeypatch, 4096)
     refs = [matrix(f"w{i}", "q4_k", stored("q4_k", 256, 256, i), 256) for i in range(4)]
     path = tmp_path / "w.bin"
     path.write_bytes(b"".join(cast(bytes, ref.source) for ref in refs))
@@ -123,15 +151,23 @@ def test_auto_packs_nothing_that_would_not_fit(
     x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
     plan = make_plan(graph, decode_constant)
     monkeypatch.setattr(device, "current_rss", lambda: 10**9)
-    for missing, kind in ((-10, PackedProvider), (10, BudgetProvider)):
-        free = (plan.weight_bytes + work_bytes(plan) - missing) / 0.9
+    most, least = work_bytes(plan, CHUNK), work_bytes(plan, LEAST_CHUNK)
+    for needed, kind, tiles in (
+        (most, PackedProvider, {1}), (most - 20, StreamProvider, {1}),
+        (least - 50_000, StreamProvider, {7, 8, 9}),
+    ):  # fmt: skip
+        monkeypatch.setattr(loading, "CHUNK", CHUNK if needed > least else LEAST_CHUNK)
+        free = (plan.weight_bytes + needed + 10) / 0.9
         monkeypatch.setattr(device, "memory_available", lambda free=free: int(free))
         with exact(graph) as session:
-            assert type(session.provider) is kind
+            provider: Any = session.provider
+            assert type(provider) is kind
             found = session.run({"x": x})
+            orders = [[tile.order for tile in provider.get(ref).tiles()] for ref in refs]
+            assert all(order[0] == "panels" and len(order) in tiles for order in orders)
         for i, name in enumerate(names):
             dense = decoded("q4_k", stored("q4_k", 256, 256, i)).T
-            assert_product(found[name], x, dense, packed=kind is PackedProvider)
+            assert_product(found[name], x, dense, packed=True)
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from onnxstream_nb.passes import (
     identity,
     optimize,
     past,
-    rewrite_last_logits,
+    rewrite_logit_rows,
     upgrade,
 )
 from onnxstream_nb.passes.symbols import Poly, divide, is_nonnegative, quotient, symbol
@@ -315,19 +315,20 @@ def test_a_graph_without_a_cache_has_none() -> None:
     assert pairs(declared(["a", "b", "pkv0"], ["y"], join)) == []
 
 
-# --- The last position
+# --- Some positions
 
 
 @pytest.mark.parametrize("tail", [[], [("Div", "h cap", "i"), ("Tanh", "i", "j")]])
-def test_last_logits_go_back_to_the_product(tail: list[Step]) -> None:
+def test_logit_rows_go_back_to_the_product(tail: list[Step]) -> None:
     steps = [("Abs", "x", "a"), ("MatMul", "a w", "g"), ("Add", "g b", "h"), *tail,
              ("Cast", "j" if tail else "h", "logits", {"to": 1})]  # fmt: skip
     weights = {"w": random(6, 9), "b": random(9), "cap": np.float32(3)}
     before = build(steps, {"x": [1, "t", 6]}, "logits", weights)
-    after = rewrite_last_logits(before)
+    after = rewrite_logit_rows(before)
     assert operators(after)["Gather"] == 1 and after.nodes[1].op_type == "Gather"
     feeds = {"x": random(1, 5, 6)}
-    expected = {"logits": run(before, feeds)["logits"][:, -1:]}
+    expected = {"logits": run(before, feeds)["logits"][:, [3, -1]]}
+    feeds["logit_rows"] = np.array([3, -1])
     assert_close(run(after, feeds), expected, 1e-6)
     assert_close(run_reference(after, feeds), expected, 1e-6)
 
@@ -345,7 +346,7 @@ def test_last_logits_go_back_to_the_product(tail: list[Step]) -> None:
 def test_logits_that_are_no_plain_product_are_left(steps: list[Step], output: str) -> None:
     weights = {"w": random(6, 6), "table": random(6, 6)}
     graph = build(steps, {"x": [1, 6, 6], "x2": [1, 6, 6]}, output, weights)
-    assert rewrite_last_logits(graph) is graph
+    assert rewrite_logit_rows(graph) is graph
 
 
 # --- Raising the opset

@@ -14,7 +14,7 @@ from weight_bytes import logical
 from onnxstream_nb.formats import load
 from onnxstream_nb.formats.onnx import to_model_proto
 from onnxstream_nb.graph import Graph
-from onnxstream_nb.passes import find_cache, optimize, rewrite_last_logits
+from onnxstream_nb.passes import find_cache, optimize, rewrite_logit_rows
 
 MODELS = Path(__file__).parent / "fixtures" / "models"
 EXPORTS = ["llama_gqa_op14", "mistral_sw8_op14", "llama_gqa_dyn23"]
@@ -127,14 +127,18 @@ def test_cache_is_found_before_and_after(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*EXPORTS, TEXT])
-def test_last_logits_are_the_last_of_all(name: str) -> None:
+@pytest.mark.parametrize("rows", [[-1], [5], [0, 3, 4], [-2, -1, 0, 0], []])
+def test_logits_of_rows_are_those_of_all(name: str, rows: list[int]) -> None:
     graph, feeds = optimize(model(name), logical), language_model_feeds(6, 2)
     expected = run(graph, feeds)
-    expected["logits"] = expected["logits"][:, -1:]
-    last = rewrite_last_logits(graph)
-    onnx.checker.check_model(to_model_proto(last, logical), full_check=True)
-    assert last.outputs[0].shape is not None and last.outputs[0].shape[1] == 1
-    assert_close(run(last, feeds), expected, 1e-5)
+    expected["logits"] = expected["logits"][:, rows]
+    picked = rewrite_logit_rows(graph)
+    onnx.checker.check_model(to_model_proto(picked, logical), full_check=True)
+    assert picked.inputs[-1].name == "logit_rows" and picked.inputs[-1].shape == ("rows",)
+    assert picked.outputs[0].shape is not None and picked.outputs[0].shape[1] == "rows"
+    feeds["logit_rows"] = np.array(rows, np.int64)
+    assert_close(run(picked, feeds), expected, 1e-5)
+    assert rewrite_logit_rows(picked) is picked
 
 
 @pytest.mark.parametrize("name", [*EXPORTS, TEXT])

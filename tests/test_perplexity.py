@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from perplexity_oracle import TINY, Held, counted, expected, expected_divergence
 from onnxstream_nb import passes
 from onnxstream_nb.errors import Interrupted, UnsupportedError, UsageError
 from onnxstream_nb.formats import load
+from onnxstream_nb.graph import Graph, WeightRef
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.perplexity import Divergence, Reader, log_softmax, read_windows, windows
 
@@ -149,7 +151,7 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Held:
 @pytest.mark.parametrize("chunk", [1, 5, 24, 512])
 def test_logits_of_every_position(chunk: int, load: str, held: Held) -> None:
     wanted = oracle(TINY, held.weights[0], IDS)
-    model = LanguageModel(held.paths[0], load=load, precision="exact", all_logits=True)
+    model = LanguageModel(held.paths[0], load=load, precision="exact")
     model.chunk = chunk
     near(model.logits(IDS), wanted)
     assert model.tokens == IDS
@@ -157,11 +159,20 @@ def test_logits_of_every_position(chunk: int, load: str, held: Held) -> None:
     near(model.feed(IDS[:9]), wanted[8])
     near(model.logits(IDS[9:10]), wanted[9:10])
     near(model.logits(IDS[10:]), wanted[10:])
+    assert model.passes == sum(-(-n // chunk) for n in (24, 9, 1, 14))
+    model.close()
+
+
+def test_logits_a_few_at_a_time(held: Held) -> None:
+    model = LanguageModel(held.paths[0], precision="exact")
+    model.logit_chunk = 5
+    near(model.logits(IDS), oracle(TINY, held.weights[0], IDS))
+    assert model.passes == 5 and model.chunk > len(IDS)
     model.close()
 
 
 def test_logits_and_feed_refuse_alike(held: Held) -> None:
-    model = LanguageModel(held.paths[0], context=8, all_logits=True)
+    model = LanguageModel(held.paths[0], context=8)
     refusal(lambda: model.logits([]), UsageError)
     assert "--context" in refusal(lambda: model.logits(IDS), UsageError)
     with pytest.raises(Interrupted):
@@ -170,11 +181,25 @@ def test_logits_and_feed_refuse_alike(held: Held) -> None:
     model.close()
 
 
+def of_the_last_position(graph: Graph) -> Graph:
+    """As some exports are: the head sees one position, whatever is asked."""
+    picked = passes.rewrite_logit_rows(graph)
+    logits = replace(picked.outputs[0], shape=(1, 1, TINY.vocab))
+    last = WeightRef("last", (1,), "int64", np.array([-1]).tobytes(), 0, 8)
+    nodes = [
+        replace(n, inputs=tuple("last" if i == passes.LOGIT_ROWS else i for i in n.inputs))
+        for n in picked.nodes
+    ]
+    return picked.with_(
+        nodes=tuple(nodes), inputs=graph.inputs, outputs=(logits, *picked.outputs[1:]),
+        initializers={**picked.initializers, "last": last},
+    )  # fmt: skip
+
+
 def test_models_that_compute_the_last_logits_only(held: Held) -> None:
-    usual = LanguageModel(held.paths[0])
-    assert "all_logits=True" in refusal(lambda: usual.logits(IDS), UsageError)
-    usual.close()
-    cut = LanguageModel(passes.rewrite_last_logits(load(held.paths[0])), all_logits=True)
+    cut = LanguageModel(of_the_last_position(load(held.paths[0])), precision="exact")
+    near(cut.feed(IDS), oracle(TINY, held.weights[0], IDS)[-1])
+    cut.rewind(0)
     message = refusal(lambda: cut.logits(IDS), UnsupportedError)
     assert "1 of 24 positions" in message and "--batch 1" in message
     cut.rewind(0)

@@ -103,7 +103,7 @@ def test_from_the_models_own_logits(
     document = run(capsys, line)
     given = []
     for path in held.paths:
-        model = LanguageModel(path, all_logits=True)
+        model = LanguageModel(path)
         given.append(list(counted(cut_by_hand(), lambda ids, m=model: by_parts(m, ids, batch))))
         model.close()
     wanted = expected(given[0]) | {"reference": expected(given[1]) | expected_divergence(*given)}

@@ -25,7 +25,7 @@ from quantised_models import (
 
 from onnxstream_nb import formats
 from onnxstream_nb.errors import ModelError, UnsupportedError
-from onnxstream_nb.loading import work_bytes
+from onnxstream_nb.loading import CHUNK, work_bytes
 from onnxstream_nb.passes import optimize
 from onnxstream_nb.plan import make_plan
 from onnxstream_nb.session import Session, decode_constant, internal
@@ -227,7 +227,7 @@ def test_a_turn_s_panels_or_floats_are_counted_as_work() -> None:
         graph = rewritten(found.model)
         ref = parts_of(graph)
         plan = make_plan(graph, decode_constant, internal("Panels")().panel_bytes)
-        made = work_bytes(plan) - work_bytes(replace(plan, steps=()))
+        made = work_bytes(plan, CHUNK) - work_bytes(replace(plan, steps=()), CHUNK)
         assert made == (factor * ref.nbytes or 9 * found.dense.size)
         if factor:
             assert len(plan.packable) == 1

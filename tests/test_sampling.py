@@ -71,6 +71,26 @@ def test_draws_follow_the_documented_chain(options):
         assert abs(counts[token] / draws - probability) <= 5 * spread + 1e-12, token
 
 
+@pytest.mark.parametrize("options", CHAINS, ids=str)
+def test_the_distribution_is_that_of_the_documented_chain(options):
+    params = SamplingParams(**options)
+    logits = np.array([1.5, -0.5, 0.2, 2.0, -3.0, 1.5, 0.0, 0.9, -1.0, 1.0, 0.7], np.float32)
+    found = Sampler(params).distribution(logits, [3, 3, 0, 4, 10, 5])
+    expected = naive_distribution(logits, [3, 3, 0, 4, 10, 5], params)
+    drawn = {i for i in range(11) if found.probability(i)}
+    assert drawn == {i for i in expected if expected[i]}
+    for token, probability in expected.items():
+        assert found.probability(token) == pytest.approx(probability, rel=1e-5)
+    assert found.ids.tolist() == sorted(found.ids.tolist())
+
+
+def test_the_greedy_distribution_is_certain():
+    greedy = Sampler(SamplingParams(temperature=0, logit_bias={1: 4.0}))
+    found = greedy.distribution(np.array([3.0, 1.0, 2.0], np.float32), [])
+    assert (found.ids.tolist(), found.probability(1), found.probability(0)) == ([1], 1.0, 0.0)
+    assert greedy.draw(found) == 1
+
+
 def test_logprob_is_of_the_models_own_distribution():
     logits = np.array([3.0, 1.0, -2.0, 0.5], np.float32)
     params = SamplingParams(temperature=0, logit_bias={2: 100.0})

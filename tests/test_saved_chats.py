@@ -104,7 +104,7 @@ def test_a_chat_that_cannot_be_saved_says_so_once(data_folder: Path) -> None:
     talk = Talk()
     assert talk.say("one", "two") == 0
     assert talk.out == "ONE\nTWO\n"
-    assert talk.err.count("error: this chat is not being saved: ") == 1
+    assert talk.err.count("error: this chat is not being saved in ") == 1
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a\\b", "x" * 101, "a\nb"])

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 from weight_files import (
-    WAIT, Reads, closing, cut, expected, matrices, pieces_of, taken, tiled, until,
+    WAIT,
+    Reads,
+    closing,
+    cut,
+    expected,
+    matrices,
+    pieces_of,
+    taken,
+    tiled,
+    until,
 )  # fmt: skip
 
 from onnxstream_nb.errors import ModelError
@@ -264,6 +273,7 @@ def test_a_closed_provider_reads_no_further_ahead(
 def test_a_provider_that_is_dropped_ends_its_threads(tmp_path: Path, reads: Reads) -> None:
     """Whether they wait for room, for work, or never began; its files are closed."""
     refs = cut(tmp_path / "a.bin", (50, 60))
+    gc.collect()  # what earlier tests left open
     before, files = threading.active_count(), len(os.listdir("/dev/fd"))
     count = 0
     for use in range(3):

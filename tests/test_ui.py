@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -306,6 +307,14 @@ def test_footer_of_a_cut_reply_of_one_token() -> None:
     assert ui.footer_parts(stats) == [
         "1 token", "prompt 5 tokens", "0.50 tok/s", "peak 2.35 GB", "interrupted",
     ]  # fmt: skip
+
+
+def test_footer_of_a_reply_with_guesses() -> None:
+    stats = replace(STATS, passes=12, drafted=40, accepted=29)
+    assert ui.footer_parts(stats)[1:4] == [
+        "35.1 tok/s", "12 passes, 29 of 40 guesses right", "prompt 37 tokens (12 cached)",
+    ]  # fmt: skip
+    assert ui.footer_parts(replace(stats, drafted=0, accepted=0)) == ui.footer_parts(STATS)
 
 
 def test_footer_wraps_between_its_parts_on_a_terminal() -> None:

@@ -135,9 +135,7 @@ class Reads:
         self.names.append(ref.name)
         return buffer
 
-    def _another(
-        self, files: Any, memory: Array, ref: WeightRef, start: int, stop: int
-    ) -> Array:
+    def _another(self, files: Any, memory: Array, ref: WeightRef, start: int, stop: int) -> Array:
         first, last = memory.ctypes.data, memory.ctypes.data + memory.nbytes
         assert not any(a < last and first < b for a, b in self.used), f"{ref.name} was read over"
         self.slots.add(first)

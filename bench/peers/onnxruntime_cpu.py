@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from protocol import Engine, Logits, arguments, serve
 
-LOGITS, PAST, PRESENT = "logits", "past_key_values.", "present."
+LOGITS, ROWS, PAST, PRESENT = "logits", "logit_rows", "past_key_values.", "present."
 
 
 def written(model: Path, kind: str) -> Path:
@@ -44,7 +44,7 @@ def make(kind: str, source: str, path: str) -> None:
         from onnxstream_nb.session import decode_constant
 
         # A prompt's last position is what the head is for, here as in the other engines.
-        graph = passes.rewrite_last_logits(formats.load(source))
+        graph = passes.rewrite_logit_rows(formats.load(source))
         write(graph, path, read=decode_constant, external=True)
         return
     from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic
@@ -83,6 +83,7 @@ class OnnxRuntime(Engine):
             for i in self._session.get_inputs()
             if i.name.startswith(PAST)
         }
+        self._picks = any(i.name == ROWS for i in self._session.get_inputs())
         self._outputs = [o.name for o in self._session.get_outputs()]
         self.vocab_size = self._session.get_outputs()[self._outputs.index(LOGITS)].shape[-1]
         self.version = f"onnxruntime {onnxruntime.__version__}"
@@ -95,6 +96,8 @@ class OnnxRuntime(Engine):
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         binding.bind_cpu_input("position_ids", positions[None].astype(np.int64))
+        if self._picks:  # not in a file of a graph whose head is not found
+            binding.bind_cpu_input(ROWS, np.array([len(ids) - 1], np.int64))
         for name, value in self._past.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:

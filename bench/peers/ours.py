@@ -48,7 +48,7 @@ class Ours(Engine):
         }
         return {
             "bytes_per_token": self.model.bytes_per_token,
-            "cache_bytes_per_position": sum(slot.nbytes // slot.capacity for slot in slots),
+            "cache_bytes_per_position": sum(s.room_bytes // s.capacity for s in slots),
             "operations_per_token": 2 * sum(matrices.values()),
         }
 

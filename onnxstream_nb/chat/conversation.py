@@ -38,6 +38,7 @@ class Conversation:
     def ask(self, text: str) -> Generation:
         """Adds a user message and returns the reply to iterate. Follow it by `answer`."""
         self.messages.append({"role": "user", "content": text})
+        self.unanswered = None
         try:
             return self.model.chat(self.window(), make_room=self.drop_oldest, **self.settings)
         except BaseException:
@@ -84,7 +85,7 @@ class Conversation:
 
     def save(self) -> None:
         """Writes the chat to disk if anything was said; OSError when that fails."""
-        if self.messages:
+        if self.messages or self.unanswered is not None:
             save_chat(self._saved())
 
     def save_as(self, name: str) -> None:
@@ -113,7 +114,10 @@ class Conversation:
         self.settings = wanted
 
     def _saved(self) -> SavedChat:
-        return SavedChat(self.name, self.model.name, self.system, self.settings, self.messages)
+        messages = list(self.messages)
+        if self.unanswered is not None:
+            messages.append({"role": "user", "content": self.unanswered})
+        return SavedChat(self.name, self.model.name, self.system, self.settings, messages)
 
     def _count(self, stats: Stats) -> None:
         self.last = stats

@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+from .saved import private_folder
+
+if TYPE_CHECKING:
+    from prompt_toolkit.history import History
 
 PROMPT, CONTINUED = ">>> ", "... "
 FENCE = '"""'
@@ -51,8 +56,11 @@ class LineInput:
         return "\n".join(lines).strip("\n")
 
 
-def open_input(history: Path, commands: Iterable[str]) -> LineInput:
-    """The input line of prompt_toolkit on a capable terminal, else plain lines of stdin."""
+def open_input(history: Path, commands: Iterable[str], report: Callable[[str], None]) -> LineInput:
+    """The input line of prompt_toolkit on a capable terminal, else plain lines of stdin.
+
+    `report` is told when `history`, the file of what was entered, cannot be read or written.
+    """
     if not sys.stdin.isatty():
         reconfigure = getattr(sys.stdin, "reconfigure", None)
         if reconfigure is not None:
@@ -60,7 +68,7 @@ def open_input(history: Path, commands: Iterable[str]) -> LineInput:
         return LineInput(partial(_read_plain, sys.stdin, None))
     if not sys.stdout.isatty() or os.environ.get("TERM", "") in ("dumb", "unknown", ""):
         return LineInput(partial(_read_plain, sys.stdin, sys.stderr))
-    return LineInput(_prompt_session(history, commands))
+    return LineInput(_prompt_session(history, commands, report))
 
 
 def _read_plain(stream: TextIO, echo: TextIO | None, prompt: str) -> str:
@@ -79,17 +87,54 @@ def _read_plain(stream: TextIO, echo: TextIO | None, prompt: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _prompt_session(history: Path, commands: Iterable[str]) -> Callable[[str], str]:
+def _prompt_session(
+    path: Path, commands: Iterable[str], report: Callable[[str], None]
+) -> Callable[[str], str]:
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
 
-    history.touch(mode=0o600)
+    history, failures = _open_history(path)
     session: PromptSession[str] = PromptSession(
-        history=FileHistory(str(history)),
+        history=history,
         completer=WordCompleter(sorted(commands), sentence=True),
         complete_while_typing=False,
         reserve_space_for_menu=4,
         enable_open_in_editor=True,
     )
-    return session.prompt
+
+    def read(prompt: str) -> str:
+        if failures:
+            reason = failures[0].strerror or failures[0]
+            report(f"what is entered is not being saved in {path}: {reason}")
+            failures.clear()
+        return session.prompt(prompt)
+
+    return read
+
+
+def _open_history(path: Path) -> tuple[History, list[OSError]]:
+    """The history of a file, and the list to which its first failure is added. Afterwards what is
+    entered is remembered until the end."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    failures: list[OSError] = []
+
+    class Forgiving(FileHistory):
+        may_write = True
+
+        def store_string(self, string: str) -> None:
+            try:
+                if self.may_write:
+                    super().store_string(string)
+            except OSError as error:  # raised here, it would end in the middle of a key press
+                self.may_write = False
+                failures.append(error)
+
+    try:
+        private_folder(path.parent)
+        path.touch(mode=0o600)
+        path.open("rb").close()
+    except OSError as error:
+        failures.append(error)
+        return InMemoryHistory(), failures
+    return Forgiving(str(path)), failures

@@ -15,10 +15,11 @@ from ..ui import Terminal
 from .commands import ALIASES, COMMANDS, describe, run_command
 from .conversation import Conversation, check_settings
 from .line_input import Entry, LineInput, open_input
-from .saved import chat_names, data_folder, load_chat, private_folder
+from .saved import chat_names, data_folder, load_chat
 from .worker import Insisted, Worker, interrupts, no_echo
 
 INTERRUPTED = 130
+FAULTS = (OnnxstreamError, OSError, MemoryError)  # a chat goes on after these
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,8 @@ def _converse(model: Model, worker: Worker, terminal: Terminal, options: ChatOpt
     conversation = Conversation(model, options.system, options.settings())
     if options.resume:
         _resume(conversation, terminal, options)
-    folder = private_folder(data_folder())
     commands = [f"/{name}" for name in (*COMMANDS, *ALIASES)]
-    source = open_input(folder / "history", commands)
+    source = open_input(data_folder() / "history", commands, terminal.error)
     chat = Chat(conversation, worker, terminal, source, options.show_prompt)
     if sys.stdin.isatty():
         about = f"context {model.context} tokens"
@@ -128,7 +128,7 @@ class Chat:
         self._terminal = terminal
         self._source = source
         self._show_prompt = show_prompt
-        self._may_save = True
+        self._is_saved = True
         self._code = 0
 
     def loop(self, *, interactive: bool) -> int:
@@ -146,10 +146,8 @@ class Chat:
             try:
                 if self._handle(entry):
                     return 0 if interactive else self._code
-            except BrokenPipeError:
-                raise  # the reader of our output has gone: there is nobody to tell
-            except (OnnxstreamError, OSError, MemoryError) as error:
-                self._terminal.error(error or type(error).__name__)
+            except FAULTS as error:
+                self._show_error(error)
                 continue
             except KeyboardInterrupt as interrupt:
                 if not interactive or isinstance(interrupt, Insisted):
@@ -158,9 +156,15 @@ class Chat:
             if not interactive and self._interrupted():
                 return INTERRUPTED
 
+    def _show_error(self, error: Exception) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise error  # the reader of our output has gone: there is nobody to tell
+        self._terminal.error(str(error) or "there is not enough memory")
+
     def _interrupted(self) -> bool:
+        """Whether Ctrl-C ended the last reply, and not an error."""
         last = self._conversation.last
-        return last is not None and last.stop_reason == "interrupted"
+        return self._code == 0 and last is not None and last.stop_reason == "interrupted"
 
     def _handle(self, entry: Entry) -> bool:
         """Handles one entry; True when the user leaves."""
@@ -186,42 +190,60 @@ class Chat:
         if self._show_prompt:
             terminal.aside(conversation.model.render_chat(conversation.window()))
         pieces: list[str] = []
+        failed = True
         try:
-            self._show_reply(generation, pieces)
+            failed = not self._show_reply(generation, pieces)
         finally:
             generation.stop()
             dropped = conversation.start - start
             conversation.answer("".join(pieces), generation.stats)
             self._save()
-        self._code = 0
         if dropped:
             terminal.notice(f"the context is full: the {dropped} oldest messages were forgotten")
         if conversation.unanswered is not None:
             terminal.notice("no reply was written: the message was taken back", "/regen sends it")
-        terminal.footer(generation.stats)
+        elif failed:
+            terminal.notice("the reply is not complete", "/regen answers anew")
+        if not failed:
+            self._code = 0
+            terminal.footer(generation.stats)
 
-    def _show_reply(self, generation: Generation, pieces: list[str]) -> None:
+    def _show_reply(self, generation: Generation, pieces: list[str]) -> bool:
+        """Shows a reply as it comes; False after the error that ended it, which is shown, too."""
+
         def work(emit: Callable[[Token], None]) -> None:
             for token in generation:
                 emit(token)
 
-        reply = self._terminal.reply()
-        with interrupts(generation.stop), no_echo():
-            try:
-                for token in self._worker.run(work):
-                    if token is None:
-                        reply.tick()
-                    else:
-                        pieces.append(token.text)
-                        reply.write(token.text)
-            finally:
-                reply.close()
+        reply = self._terminal.reply(generation.progress)
+        try:
+            with interrupts(generation.stop), no_echo():
+                try:
+                    for token in self._worker.run(work):
+                        if token is None:
+                            reply.tick()
+                        else:
+                            pieces.append(token.text)
+                            reply.write(token.text)
+                finally:
+                    reply.close()
+        except FAULTS as error:
+            self._show_error(error)
+            return False
+        return True
 
     def _save(self) -> None:
-        if not self._may_save:
-            return
+        """Saves the chat; says when that begins to fail, and when it works again."""
         try:
             self._conversation.save()
         except OSError as error:
-            self._may_save = False
-            self._terminal.error(f"this chat is not being saved: {error}")
+            if self._is_saved:
+                self._terminal.error(
+                    f"this chat is not being saved in {data_folder()}: {error.strerror or error}; "
+                    "free some space or make the folder writable: every turn tries again"
+                )
+            self._is_saved = False
+            return
+        if not self._is_saved:
+            self._terminal.notice("this chat is saved again")
+        self._is_saved = True

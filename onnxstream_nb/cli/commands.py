@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
+    from ..progress import ReplyProgress
+    from ..work import Work
 
 SAMPLING_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
@@ -38,18 +40,22 @@ def generate(options: Mapping[str, Any]) -> int:
             if options["json"]:
                 print(json.dumps(generation_report(list(run), run), ensure_ascii=False))
             else:
-                stream(run)
+                stream(run, run.progress)
         return 130 if run.stats.stop_reason == "interrupted" else 0
 
 
-def stream(run: Iterable[Token]) -> None:
-    """Print each token's text as it comes; a terminal gets no control characters of the model."""
+def stream(run: Iterable[Token], progress: Callable[[], ReplyProgress]) -> None:
+    """Print each token's text as it comes; a terminal gets no control characters of the model.
+
+    When a token takes long, `progress` tells what it waits for, which is shown on stderr.
+    """
+    from ..ui import Terminal
     from ..ui.text import clean
 
     on_terminal = sys.stdout.isatty()
-    for token in run:
-        sys.stdout.write(clean(token.text) if on_terminal else token.text)
-        sys.stdout.flush()
+    with Terminal().streamed(progress) as write:
+        for token in run:
+            write(clean(token.text) if on_terminal else token.text)
     print()
 
 
@@ -61,10 +67,14 @@ def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any
         "tokens": [token.id for token in tokens],
         "prompt_tokens": stats.prompt_tokens,
         "completion_tokens": stats.completion_tokens,
+        "passes": stats.passes,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
         "prefill_tps": round(stats.prefill_tps, 3),
         "decode_tps": round(stats.decode_tps, 3),
         "ttft_s": round(stats.ttft_s, 4),
         "load_s": round(stats.load_s, 4),
+        "bytes_read": stats.bytes_read,
         "peak_rss_mb": round(stats.peak_rss_mb, 1),
         "stop_reason": stats.stop_reason,
     }
@@ -83,26 +93,31 @@ def sampling(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in SAMPLING_NAMES if options[name] is not None}
 
 
-def load_model(options: Mapping[str, Any]) -> Model:
-    """Load the model that the options name, with progress on stderr."""
+def load_model(options: Mapping[str, Any], sequences: int = 1) -> Model:
+    """Load the model that the options name, with progress on stderr; a budget is to hold the
+    contexts of so many sequences."""
     from .. import ui
     from ..model import Model
 
     with ui.progress() as progress:
-        return Model.load(options["model"], progress=progress, **loading(options))
+        given = loading(options) | ({"sequences": sequences} if sequences > 1 else {})
+        return Model.load(options["model"], progress=progress, **given)
 
 
 def loading(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that say how weights are held, as Model.load takes them."""
+    """The options that say how a model is held and helped, as Model.load takes them."""
     from .. import hub
 
-    names = ("load", "ram", "threads", "context", "precision", "kv_cache")
+    names = (
+        "load", "ram", "threads", "context", "precision", "kv_cache", "kv_spill", "draft",
+        "speculate",
+    )  # fmt: skip
     packed = hub.packed_dir() if options["keep_packed"] else None
     return {name: options[name] for name in names} | {"packed": packed}
 
 
 @contextmanager
-def first_interrupt_stops(run: Generation) -> Iterator[None]:
+def first_interrupt_stops(run: Work) -> Iterator[None]:
     """Within the block the first Ctrl-C ends the generation; the second ends the program.
 
     Signals reach the main thread only: elsewhere the block changes nothing.

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import OnnxstreamError, UsageError
+from ..errors import DISK_FULL, OnnxstreamError, UsageError
 from .options import Parser, read_options
 from .verbs import DEBUG, VERBS
 
@@ -28,19 +28,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? instead
     try:
         return _finish(arguments)
-    except OnnxstreamError as error:
-        if "--debug" in arguments or os.environ.get(DEBUG.variable, "0") not in ("", "0"):
-            import traceback
-
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone: that is no error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except (OnnxstreamError, OSError, MemoryError) as error:
+        if "--debug" in arguments or os.environ.get(DEBUG.variable, "0") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # which the interpreter would tell once more
+            _drop_output()
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; --ram SIZE streams what does not fit, --context N less"
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"{text}; free some space on that disk"
+    return text
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output is not wanted, or cannot be."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _finish(arguments: list[str]) -> int:
@@ -96,9 +114,27 @@ def parse(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -
             "--ram and --load mmap exclude each other (the system, not the program, decides how"
             " much of a mapped file is resident): drop one, also from ONNXSTREAM_RAM and _LOAD"
         )
+    if name == "generate":
+        _check_prompts(options)
     if options.get("dtype") and not options.get("random_weights"):
         raise UsageError("--dtype is the storage of --random-weights: give both")
     return options
+
+
+def _check_prompts(options: Mapping[str, Any]) -> None:
+    """UsageError unless there is either a prompt or a file of them."""
+    prompt, batch = options["prompt"] is not None, options["batch"] is not None
+    if not prompt and not batch:
+        raise UsageError(
+            "--prompt is missing; give it, or set ONNXSTREAM_PROMPT (--batch FILE for many)"
+        )
+    if prompt and batch:
+        raise UsageError(
+            "--prompt and --batch exclude each other: drop one, also from ONNXSTREAM_PROMPT and"
+            " ONNXSTREAM_BATCH"
+        )
+    if options["batch_size"] is not None and not batch:
+        raise UsageError("--batch-size is for --batch FILE: give both")
 
 
 def overview() -> str:

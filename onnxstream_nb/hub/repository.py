@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DownloadError
+from ..errors import DISK_FULL, DownloadError
 from .cache import COMMIT, drop, folder_of, from_cache, remove_orphans, set_main
 from .selection import select
 from .store import (
@@ -171,6 +171,8 @@ def _hub_download(copy: Copy, repository: str, path: str, reporter: Reporter) ->
     except GatedRepoError as error:
         raise _gated(repository) from error
     except (httpx2.HTTPError, OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise  # the caller says what to do
         raise DownloadError(
             f"{repository}: {path} could not be fetched ({_first_line(error)}); finished files "
             "are kept: run the same command again"

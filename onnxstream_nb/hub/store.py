@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import DownloadError
+from ..errors import DISK_FULL, DownloadError
 
 _INTERVAL = 0.1
 _CHUNK = 1 << 20
@@ -165,6 +165,14 @@ def cache_dir() -> Path:
     return Path(platformdirs.user_cache_dir("onnxstream_nb", appauthor=False))
 
 
+def spill_dir(given: str | Path | None = None) -> Path | None:
+    """The folder of keys and values that do not fit in memory: the one that was given, one in the
+    cache, or None for "off"."""
+    if given is None:
+        return cache_dir() / "tmp"
+    return None if str(given) == "off" else Path(given).expanduser()
+
+
 def packed_dir() -> Path:
     """The folder of weights that are kept as they are packed for the kernels."""
     return cache_dir() / "packed"
@@ -246,6 +254,20 @@ def hold_lock(name: str, reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         handle.release()
+
+
+@contextmanager
+def storing(name: str) -> Iterator[None]:
+    """Within, a disk that is full is a DownloadError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise DownloadError(
+            f"{name} could not be stored ({error}): free some space, or set ONNXSTREAM_CACHE and "
+            "HF_HOME to folders on a larger disk; finished files are kept"
+        ) from error
 
 
 def check_disk(folder: Path, needed: int, what: str, variable: str) -> None:

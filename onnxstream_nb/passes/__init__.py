@@ -32,10 +32,11 @@ from onnxstream_nb.passes import (
 )
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
-from onnxstream_nb.passes.last_logits import rewrite_last_logits
+from onnxstream_nb.passes.logit_rows import LOGIT_ROWS, rewrite_logit_rows
 
 __all__ = [
-    "CachePair", "clean", "find_cache", "optimize", "rewrite_last_logits", "with_quantised_weights",
+    "LOGIT_ROWS", "CachePair", "clean", "find_cache", "optimize", "rewrite_logit_rows",
+    "with_quantised_weights",
 ]  # fmt: skip
 
 _CLEANING = (constants, identity, common, reshapes, dead)

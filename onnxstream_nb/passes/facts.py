@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxstream_nb.graph import DTYPES, Dim, Graph, Node, WeightRef
+from onnxstream_nb.graph import DTYPES, Graph, Node, Value, WeightRef
 from onnxstream_nb.passes.evaluate import EVALUATORS, LIMIT, evaluate, is_symbolic
 from onnxstream_nb.passes.shape_rules import RULES, Partial, Shape
 from onnxstream_nb.passes.symbols import Poly, Size, symbol
@@ -54,11 +54,16 @@ class Facts:
         for value in graph.inputs:
             self._dtypes[value.name] = value.dtype
             if value.shape is not None:
-                self._shapes[value.name] = tuple(
-                    _input_size(f"{value.name}.{i}", dim) for i, dim in enumerate(value.shape)
-                )
+                axes = range(len(value.shape))
+                self._shapes[value.name] = tuple(self._input_size(value, i) for i in axes)
         for node in graph.nodes:
             self._learn(node)
+
+    def _input_size(self, value: Value, axis: int) -> Size:
+        dim = (value.shape or ())[axis]
+        if isinstance(dim, str):
+            return symbol(dim)
+        return symbol(f"{value.name}.{axis}") if dim is None or dim <= 0 else dim
 
     def shape(self, name: str) -> Shape | None:
         """The shape of a value, or None when not even its rank is known."""
@@ -158,12 +163,6 @@ class Facts:
     def _knowable(self, name: str) -> bool:
         """Whether the value may be known, so that no weight is read for a node that isn't."""
         return not name or name in self._initializers or self._values.get(name) is not None
-
-
-def _input_size(name: str, dim: Dim) -> Size:
-    if isinstance(dim, str):
-        return symbol(dim)
-    return symbol(name) if dim is None or dim <= 0 else dim
 
 
 def _vector(sizes: Shape) -> Array:

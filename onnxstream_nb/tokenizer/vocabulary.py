@@ -119,6 +119,11 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
 
 
+def first_difference(one: Tokenizer, other: Tokenizer, ids: Iterable[int]) -> int | None:
+    """The first of `ids` that stands for other bytes in the other vocabulary; None if none does."""
+    return next((i for i in ids if one.token_bytes(i) != other.token_bytes(i)), None)
+
+
 def well_formed(text: str) -> str:
     """`text` with surrogate pairs joined and lone surrogates replaced, as the libraries need it."""
     if text.isascii():

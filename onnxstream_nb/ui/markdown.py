@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .text import clean
+from .waiting import SPINNER, Waiting
 
-SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 SHORTEST_FRAME_S = 0.08
 WAIT_BEFORE_SPINNER_S = 0.3
 NARROWEST_TEXT = 8
@@ -159,17 +159,33 @@ def render_blocks(console: Console, source: str) -> list[str]:
     return lines
 
 
+def dimmed(console: Console, line: str) -> str:
+    """One line of plain text as it is shown beside a reply, cut to the console's width."""
+    text = Text(line, style="dim", no_wrap=True)
+    text.truncate(console.width)
+    with console.capture() as capture:
+        console.print(text, end="")
+    return capture.get()
+
+
 class MarkdownReply:
     """Renders a reply while it is written. Call `write` with text, `tick` now and then, `close`.
 
     With `live`, the unfinished block is redrawn in place, at most its last lines that fit the
-    screen; without, only finished blocks are printed and no cursor is moved.
+    screen, and beneath it what `waiting` says; without, only finished blocks are printed and no
+    cursor is moved.
     """
 
     def __init__(
-        self, console: Console, *, live: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        *,
+        live: bool,
+        waiting: Waiting | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console, self._live, self._clock = console, live, clock
+        self._waiting = waiting
         self._source = ""
         self._shown: list[str] = []
         self._width = console.width
@@ -180,6 +196,8 @@ class MarkdownReply:
     def write(self, text: str) -> None:
         """Takes the next piece of the reply, of any length."""
         self._source += clean(text)
+        if self._waiting is not None:
+            self._waiting.arrived()
         self.tick()
 
     def tick(self) -> None:
@@ -199,8 +217,9 @@ class MarkdownReply:
         if not self._live:
             return self._put(finished, [])
         tail = self._separated(render_blocks(self._console, self._source))
-        room = max(1, self._console.height - 1)
-        self._put(finished, tail[-room:] or self._spinner())
+        beneath = self._beneath(is_empty=not tail)
+        room = max(1, self._console.height - 1 - len(beneath))
+        self._put(finished, tail[-room:] + beneath)
 
     def _finish(self, length: int) -> list[str]:
         lines = self._separated(render_blocks(self._console, self._source[:length]))
@@ -211,9 +230,13 @@ class MarkdownReply:
     def _separated(self, lines: list[str]) -> list[str]:
         return ["", *lines] if lines and self._printed_any else lines
 
-    def _spinner(self) -> list[str]:
+    def _beneath(self, is_empty: bool) -> list[str]:
+        """What is said of a wait: a spinner before the first text, more when it takes long."""
+        line = self._waiting.line(self._console.width) if self._waiting is not None else ""
+        if line:
+            return [dimmed(self._console, line)]
         waited = self._clock() - self._started
-        if self._printed_any or waited < WAIT_BEFORE_SPINNER_S:
+        if not is_empty or self._printed_any or waited < WAIT_BEFORE_SPINNER_S:
             return []
         line = f"{SPINNER[int(waited * 10) % len(SPINNER)]} reading the prompt"
         return [line[: self._console.width]]

@@ -11,11 +11,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TextIO
+from functools import cached_property, partial
+from typing import IO, TYPE_CHECKING, Protocol, TextIO
 
+from ..device import format_size
 from ..progress import Download, Report, of_download
 from .text import clean, join_within, one_line
+from .waiting import Waiting, Watch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +38,11 @@ class ReplyStats(Protocol):
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    passes: int
+    drafted: int
+    accepted: int
     ttft_s: float
+    bytes_read: int
     peak_rss_mb: float
     stop_reason: str
 
@@ -47,6 +53,10 @@ class ReplyStats(Protocol):
     @property
     def decode_tps(self) -> float:
         """Tokens written per second."""
+
+    @property
+    def read_bps(self) -> float:
+        """Bytes streamed per second."""
 
 
 class Reply(Protocol):
@@ -67,12 +77,17 @@ def footer_parts(stats: ReplyStats) -> list[str]:
     parts = [_count(stats.completion_tokens, "token")]
     if stats.decode_tps:
         parts.append(f"{_number(stats.decode_tps)} tok/s")
+    if stats.drafted:
+        parts.append(f"{stats.passes} passes, {stats.accepted} of {stats.drafted} guesses right")
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     parts.append(f"prompt {_count(stats.prompt_tokens, 'token')}{cached}")
     if stats.prefill_tps:
         parts.append(f"{_number(stats.prefill_tps)} tok/s")
     if stats.ttft_s:
         parts.append(f"first token {stats.ttft_s:.2f} s")
+    if stats.bytes_read:
+        streamed, rate = format_size(stats.bytes_read), format_size(stats.read_bps)
+        parts.append(f"streamed {streamed} at {rate}/s")
     parts.append(f"peak {_megabytes(stats.peak_rss_mb)}")
     if stats.stop_reason in _REASONS:
         parts.append(_REASONS[stats.stop_reason])
@@ -154,14 +169,29 @@ class Terminal:
         if self.err.is_terminal:
             self.err.print()
 
-    def reply(self) -> Reply:
-        """A new reply to write to."""
+    def reply(self, watch: Watch | None = None) -> Reply:
+        """A new reply to write to. `watch` tells what is waited for while a token takes long, which
+        is shown where the reply is drawn anew all the time."""
         from .markdown import MarkdownReply, PlainReply
 
         live = self.out.is_terminal and not self.out.is_dumb_terminal
         if self._plain or (self._plain is None and not live):
             return PlainReply(self.out)
-        return MarkdownReply(self.out, live=live and not self.out.legacy_windows)
+        live = live and not self.out.legacy_windows
+        waiting = Waiting(watch) if live and watch is not None else None
+        return MarkdownReply(self.out, live=live, waiting=waiting)
+
+    @contextmanager
+    def streamed(self, watch: Watch) -> Iterator[Callable[[str], None]]:
+        """Within, text goes to standard output as it comes, and what is waited for to standard
+        error, when that is a terminal. Yields the function to write with."""
+        if not self.err.is_terminal or self.err.is_dumb_terminal or self.err.legacy_windows:
+            yield partial(_write, self.out.file)
+            return
+        from .beneath import beneath_output
+
+        with beneath_output(self.out, self.err, Waiting(watch)) as write:
+            yield write
 
     @contextmanager
     def progress(self) -> Iterator[Report]:
@@ -196,6 +226,11 @@ def download_progress() -> Iterator[Callable[[Download], None]]:
         yield of_download(report)
 
 
+def _write(file: IO[str], text: str) -> None:
+    file.write(text)
+    file.flush()
+
+
 def _console(stream: TextIO) -> Console:
     from rich.console import Console, ConsoleDimensions
 
@@ -227,6 +262,7 @@ def _bar(console: Console) -> Progress:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # else rich would take a file's lines to itself
     )
 
 

@@ -1,38 +1,43 @@
-"""Logits of the last position only: what generation needs of a long prompt."""
+"""Logits of some positions only: of a long prompt, generating needs those of the last."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-
 from onnxstream_nb.graph import Graph, Node, Value
-from onnxstream_nb.passes.rewriting import captured, constant_ref
+from onnxstream_nb.passes.rewriting import captured
+
+LOGIT_ROWS = "logit_rows"
 
 _ELEMENTWISE = frozenset({"Cast", "Tanh", "Identity"})
 _WITH_CONSTANT = frozenset({"Add", "Mul", "Div", "Sub"})
 
 
-def rewrite_last_logits(graph: Graph) -> Graph:
-    """Let the output `logits`, (batch, sequence, vocabulary), have one position, the last.
+def rewrite_logit_rows(graph: Graph) -> Graph:
+    """Let the output `logits`, (batch, sequence, vocabulary), have the positions that a further
+    input, `logit_rows` int64 (rows), picks along the sequence; negative ones count from its end.
 
-    The head's input is cut down to it, before the product with the vocabulary's matrix. The graph
-    is returned as it was when its head is not a product with a constant matrix.
+    The head's input is cut down to them, before the product with the vocabulary's matrix. The graph
+    is returned as it was when its head is not a product with a constant matrix, or is cut already.
     """
     output = next((o for o in graph.outputs if o.name == "logits"), None)
     head = _head(graph) if output is not None else None
     if output is None or head is None or output.shape is None or len(output.shape) != 3:
         return graph
+    if output.shape[1] == 1:
+        return graph
     taken = {*graph.producers(), *graph.initializers, *(i.name for i in graph.inputs)}
-    index, last = (_unused(name, taken) for name in ("logits.last", "logits.hidden"))
-    gather = Node("Gather", (head.inputs[0], index), (last,), {"axis": 1}, last)
-    cut = replace(head, inputs=(last, head.inputs[1]))
+    if LOGIT_ROWS in taken:
+        return graph
+    picked = _unused("logits.hidden", taken)
+    gather = Node("Gather", (head.inputs[0], LOGIT_ROWS), (picked,), {"axis": 1}, picked)
+    cut = replace(head, inputs=(picked, head.inputs[1]))
     nodes = [n for node in graph.nodes for n in ((gather, cut) if node is head else (node,))]
-    one = Value(output.name, output.dtype, (output.shape[0], 1, output.shape[2]))
+    rows = Value(output.name, output.dtype, (output.shape[0], "rows", output.shape[2]))
     return graph.with_(
         nodes=tuple(nodes),
-        outputs=tuple(one if o is output else o for o in graph.outputs),
-        initializers={**graph.initializers, index: constant_ref(index, np.array([-1], np.int64))},
+        inputs=(*graph.inputs, Value(LOGIT_ROWS, "int64", ("rows",))),
+        outputs=tuple(rows if o is output else o for o in graph.outputs),
     )
 
 
@@ -68,5 +73,4 @@ def _through(graph: Graph, node: Node) -> str | None:
 def _unused(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_"
-    taken.add(name)
     return name

@@ -1,0 +1,40 @@
+"""Weights that come in tiles, without a stream: each tile's bytes are gone when the next comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from panel_oracles import packed_weight
+
+from onnxstream_nb.weights import Weight
+
+GONE = 0xFF  # of floats: NaN
+
+
+class Tiled(Weight):
+    """A matrix whose stored rows come from cut to cut; those up to the first may be in panels."""
+
+    __slots__ = ("cuts", "in_panels", "rows")
+    in_tiles = True
+
+    def __init__(self, weight: Weight, cuts: Sequence[int], in_panels: bool = False) -> None:
+        super().__init__(weight.ref, np.empty(0, np.uint8))
+        self.rows = weight.buffer.reshape(weight.ref.stored_shape[0], -1)
+        self.cuts, self.in_panels = (*cuts, len(self.rows)), in_panels
+
+    def tiles(self) -> Iterator[Weight]:
+        for start, stop in pairwise((0, *self.cuts)):
+            rows = self.rows[start:stop]
+            if self.in_panels and start == 0:
+                yield packed_weight(self.encoding, rows, self.ref.stored_shape[1])
+                continue
+            buffer = rows.reshape(-1).copy()
+            tile = Weight(self.ref.rows(start, stop), buffer)
+            tile.first = start
+            yield tile
+            buffer[:] = GONE
+
+    def whole(self) -> Weight:
+        return Weight(self.ref, self.rows.reshape(-1).copy())
