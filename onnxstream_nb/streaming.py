@@ -63,7 +63,7 @@ def cut(ref: WeightRef, held: int = 0, size: int = PIECE) -> tuple[Piece, ...]:
             for at in range(0, part.nbytes, size)
         )
     rows, (together, nbytes) = ref.stored_shape[0], ref.unit
-    each = size // nbytes * together
+    each = size // max(1, nbytes) * together
     each = each // 32 * 32 or each  # kernels take 32 rows at a time
     pieces = [(at, ref.rows(at, min(rows, at + each))) for at in range(held, rows, each)]
     return tuple(Piece(part, 0, part.nbytes, first) for first, part in pieces)
