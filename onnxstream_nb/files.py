@@ -76,22 +76,22 @@ class Files:
 
     def _file(self, path: Path, direct: bool) -> _File:
         with self._lock:
-            if (path, direct) not in self._open:
-                try:
-                    file = _File(path, direct)
-                except OSError as error:
-                    raise ModelError(
-                        f"{path}: cannot open the weight file: {_reason(error)}"
-                    ) from error
-                known = self._known.get(path, b"")
-                if not file.head.startswith(known) and not known.startswith(file.head):
-                    raise ModelError(
-                        f"{path}: this is another file than the one that was opened; put that "
-                        "back, or load the model again"
-                    )
-                self._known[path] = max(known, file.head, key=len)
-                self._open[path, direct] = file
-            return self._open[path, direct]
+            found = self._open.get((path, direct))
+        if found is not None:
+            return found
+        try:
+            file = _File(path, direct)  # without the lock: the disk may not answer, and others wait
+        except OSError as error:
+            raise ModelError(f"{path}: cannot open the weight file: {_reason(error)}") from error
+        with self._lock:
+            known = self._known.get(path, b"")
+            if not file.head.startswith(known) and not known.startswith(file.head):
+                raise ModelError(
+                    f"{path}: this is another file than the one that was opened; put that "
+                    "back, or load the model again"
+                )
+            self._known[path] = max(known, file.head, key=len)
+            return self._open.setdefault((path, direct), file)
 
     def forget(self, path: Path) -> None:
         """Open this file anew when it is wanted next; reads under way are not disturbed."""
