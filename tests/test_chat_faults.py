@@ -89,7 +89,7 @@ def in_the_middle_of_a_reply(chat: PseudoTerminal, text: str) -> None:
     """Asks for a long reply, and waits until some of it is there: noise, but longer than a line."""
     say(chat, text)
     end = time.monotonic() + 60
-    while len(chat.seen) < 2000:
+    while len(chat.seen) < 600:
         assert time.monotonic() < end, chat.seen
         chat.read()
 
@@ -202,7 +202,7 @@ def test_ctrl_c_while_the_disk_does_not_answer(
     ready(chat)
     say(chat, "hello")
     chat.expect("reading ", timeout=60)
-    chat.expect("0 B/s")
+    chat.expect("at most", timeout=60)
     chat.send("\x03")
     pressed = time.monotonic()
     chat.expect("interrupted")
