@@ -44,6 +44,7 @@ def with_packed_file(
     found = {n: ref for n, ref in packable(graph, packer.panel_bytes).items() if _has_file(ref)}
     if not found:
         return graph
+    folder = folder.expanduser().absolute()
     file = PackedFile(folder, list(found.values()), packer.panel_bytes, packer.stamp)
     if not file.is_whole():
         prepare([pack_kernel(ref) for ref in found.values()])
@@ -132,6 +133,8 @@ def _alone(folder: Path, progress: Progress | None) -> Iterator[None]:
         except Timeout:
             if progress is not None:
                 progress("waiting for another process that packs weights", None)
+        except NotImplementedError as error:  # a file system without locks
+            raise OSError(errno.ENOLCK, str(error)) from error
     try:
         yield
     finally:
@@ -142,7 +145,7 @@ def _check(path: Path, progress: Progress | None) -> None:
     try:
         verify(path, progress)
     except ModelError as error:
-        raise OSError(errno.EIO, f"what was written reads differently: {error}") from error
+        raise OSError(errno.EIO, "what was written reads differently") from error
 
 
 def _write(file: PackedFile, path: Path, packer: Packer, progress: Progress | None) -> None:

@@ -214,6 +214,15 @@ def test_a_folder_that_cannot_be_written(
     assert_goes_on_without(kept, str(kept.folder), "Read-only file system")
 
 
+def test_a_file_system_without_locks(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no flock")
+
+    kept.path.unlink()
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert_goes_on_without(kept, str(kept.folder), "no flock")
+
+
 def test_a_folder_that_is_read_only_is_read(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     (kept.folder / ".lock").unlink()
     kept.folder.chmod(0o555)
@@ -260,7 +269,7 @@ def test_a_disk_that_reads_something_else(kept: Kept, monkeypatch: pytest.Monkey
         patch.setattr(packed_file.Files, "read_into", read_into)
         assert np.array_equal(kept.logits(load="ram"), kept.wanted)
     (message,) = kept.log.messages
-    assert "reads differently" in message and "damaged" in message
+    assert "reads differently" in message and "going on without" in message
     assert [p.name for p in kept.folder.iterdir()] == [".lock"]
 
 
