@@ -79,6 +79,7 @@ class LanguageModel:
         self.tokens: list[int] = []
         self.passes = 0
         self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
+        self._begun = 0  # passes that the provider had begun before this one
         positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         windows = 2 * (threads or physical_cores())  # shares of the thread team
@@ -154,10 +155,8 @@ class LanguageModel:
         pass_bytes = getattr(provider, "bytes_a_pass", 0)
         if not pass_bytes:
             return Reading("", 0, 0, 0, tokens, wanted, now)
-        return Reading(
-            provider.reading, self.bytes_streamed, provider.pass_read, pass_bytes, tokens, wanted,
-            now,
-        )  # fmt: skip
+        read = provider.pass_read if provider.passes > self._begun else 0
+        return Reading(provider.reading, self.bytes_streamed, read, pass_bytes, tokens, wanted, now)
 
     @property
     def cache_room(self) -> int:
@@ -222,6 +221,7 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
+        self._begun = getattr(self.session.provider, "passes", 0)
         self._now = len(ids)
         try:
             result = self.session.run(feeds, wanted, stop=stop)

@@ -90,7 +90,7 @@ class _Ring:
         self._ready: dict[int, tuple[int, Bytes | BaseException]] = {}
         self._next_read = self._next_use = 0
         self._epoch = 0  # of the numbering; what was begun in an earlier one is dropped
-        self._passes = 0  # that were begun
+        self.passes = 0  # that were begun
         self._change = threading.Condition()
         self._closed = False
         self.stop_on: threading.Event | None = None  # a pass may be given up
@@ -105,7 +105,7 @@ class _Ring:
             if midway or changed or failed:
                 self._restart()
             self.pieces, self.pass_read = pieces, 0
-            self._passes += 1
+            self.passes += 1
             if pieces and not self._threads:
                 self._threads = [
                     threading.Thread(target=self._work, daemon=True) for _ in range(READERS)
@@ -127,7 +127,7 @@ class _Ring:
                     self._change.wait()
                 if self._closed:
                     return
-                number, epoch, passes = self._next_read, self._epoch, self._passes
+                number, epoch, passes = self._next_read, self._epoch, self.passes
                 piece, slot = self.pieces[number % len(self.pieces)], self._free.pop()
                 self._next_read += 1
             result: Bytes | BaseException
@@ -139,7 +139,7 @@ class _Ring:
                 result = error
             failed = isinstance(result, BaseException)
             with self._change:
-                if failed and passes != self._passes and epoch == self._epoch:
+                if failed and passes != self.passes and epoch == self._epoch:
                     self._restart()  # an error belongs to the pass that met it
                 if epoch == self._epoch:
                     self._ready[number] = slot, result
@@ -308,8 +308,13 @@ class StreamProvider:
         return sum(piece.nbytes for piece in self._order)
 
     @property
+    def passes(self) -> int:
+        """Passes that were begun so far."""
+        return self._ring.passes
+
+    @property
     def pass_read(self) -> int:
-        """Bytes of them that the pass under way has used."""
+        """Bytes of them that the pass under way has used, or the last one did."""
         return self._ring.pass_read
 
     @property
