@@ -20,6 +20,14 @@ def one_thread_afterwards() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_endless_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of streams: who waits in vain for a piece fails."""
+    from weight_files import wait_no_longer
+
+    wait_no_longer(monkeypatch)
+
+
+@pytest.fixture
 def panels_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of packed weights: taken to pay on this host, whose kernels run them anyway."""
     from onnxstream_nb.kernels import packing

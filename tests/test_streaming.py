@@ -28,6 +28,8 @@ from onnxstream_nb.files import room
 from onnxstream_nb.graph import WeightRef
 from onnxstream_nb.streaming import Piece, StreamProvider
 
+pytestmark = pytest.mark.usefixtures("no_endless_waits")
+
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:

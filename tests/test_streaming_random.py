@@ -17,7 +17,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weight_files import Reads, closing, expected, matrices, pieces_of, taken, tiled, until
+from weight_files import (
+    Reads,
+    closing,
+    expected,
+    matrices,
+    pieces_of,
+    taken,
+    tiled,
+    until,
+    wait_no_longer,
+)
 
 from onnxstream_nb import files
 from onnxstream_nb.errors import ModelError
@@ -40,6 +50,7 @@ def watched(size: int, delays: list[float]) -> Iterator[Reads]:
     turn = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         pieces_of(patch, size)
+        wait_no_longer(patch)
         slow = files.Files._fill
 
         def fill(*arguments: Any, **options: Any) -> None:

@@ -18,6 +18,8 @@ from onnxstream_nb.graph import WeightRef
 from onnxstream_nb.streaming import StreamProvider
 from onnxstream_nb.weights import DiskProvider, MmapProvider, RamProvider
 
+pytestmark = pytest.mark.usefixtures("no_endless_waits")
+
 Make = Callable[[list[WeightRef]], Provider]
 
 KINDS: dict[str, Make] = {
@@ -276,3 +278,8 @@ def test_a_disk_provider_counts_every_read(tmp_path: Path) -> None:
             provider.prefetch(refs)
             assert [taken(provider, r) for r in refs] == [expected(r) for r in refs]
         assert provider.bytes_read == 3 * 266
+        with (tmp_path / "a.bin").open("r+b") as file:
+            file.truncate(refs[1].offset)
+        with pytest.raises(ModelError):
+            taken(provider, refs[1])
+        assert provider.bytes_read == 3 * 266  # what could not be read does not count

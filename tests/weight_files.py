@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,22 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.001)
+
+
+class _Patience(threading.Condition):
+    """Whoever waits for a reader gives up some time; readers themselves wait for work."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is not None or threading.current_thread().daemon:
+            return super().wait(timeout)
+        assert super().wait(6 * WAIT), "waited in vain for a piece"
+        return True
+
+
+def wait_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring that never gives a piece fails the test."""
+    own = SimpleNamespace(**{**vars(threading), "Condition": _Patience})
+    monkeypatch.setattr(streaming, "threading", own)
 
 
 def pieces_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
