@@ -202,7 +202,7 @@ def test_ctrl_c_while_the_disk_does_not_answer(
     ready(chat)
     say(chat, "hello")
     chat.expect("reading ", timeout=60)
-    chat.expect("at most", timeout=60)
+    chat.expect("B/s", timeout=60)
     chat.send("\x03")
     pressed = time.monotonic()
     chat.expect("interrupted")
