@@ -115,7 +115,8 @@ class Session:
         if packed is not None:
             self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
         self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
-        prepare(self.plan.kernels if load in ("mmap", "stream") else self.plan.panel_kernels)
+        as_stored = load == "mmap" or (load == "stream" and ram is None)  # nothing is packed
+        prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
         holding, self.reserve = choose_reserve(
