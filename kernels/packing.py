@@ -11,7 +11,7 @@ import numpy as np
 from ..registry import kernels, op
 from .affine import geometry
 from .affine_packing import PIECE, pack_heads, pack_integers, pack_values
-from .buffers import empty, private_memory
+from .buffers import empty
 from .panels import TOKENS
 from .quads import SUPPORTED
 from .threads import team
@@ -50,10 +50,6 @@ class Packer:
         if 0 in ref.shape:
             return 0
         return token.panel_bytes(ref.shape[0])
-
-    def memory(self, size):
-        """Zeroed memory for panels (size,) uint8."""
-        return np.frombuffer(private_memory(size), np.uint8) if size else np.zeros(0, np.uint8)
 
     def pack(self, ref, rows, out, count):
         """`count` rows (count, bytes a row) uint8 -> panels at address `out`, which hold zeros."""

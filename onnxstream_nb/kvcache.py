@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from .errors import UnsupportedError, UsageError
+from .files import PAGE
 from .graph import Graph, Value
 from .kvslot import ROOM, ArraySlot, KVSlot, Slot
 from .passes.kvcache import CachePair
@@ -21,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 ENCODINGS = ("f16", "q8")  # how keys and values are stored
-CHUNK = 512  # tokens a pass
+CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 GROUP = 8  # queries to a key/value head, where the graph does not say
 
 
@@ -197,7 +198,7 @@ class _Plan:
 
 def _pages(slot: Slot | ArraySlot) -> int:
     """Bytes of a slot's room in whole pages."""
-    return -(-slot.room_bytes // 4096) * 4096
+    return -(-slot.room_bytes // PAGE) * PAGE
 
 
 def _slot(value: Value, pair: CachePair, encoding: str, positions: int) -> Slot:

@@ -12,6 +12,7 @@ from . import device
 from .errors import MemoryBudgetError, UsageError
 from .files import room
 from .graph import Graph, WeightRef
+from .kvcache import CHUNK
 from .liveness import bound_for_tokens
 from .packing import PackedProvider, Packer, panels_bytes
 from .plan import Form, Plan
@@ -22,7 +23,6 @@ MARGIN = 0.1  # of the free memory, left to the rest of the machine
 BASE = 24_000_000  # what a run takes beside arrays: loaded kernels, scratch of threads, the heap's
 GAPS = 1.15  # what the arena of activations was seen to take of the bound on them, and more
 ARRAYS = 5  # a pass's widest moment, in inputs and outputs of its largest product (gate * up: 4)
-CHUNK = 512  # prompt tokens a pass: large enough for the matrix kernels, small in activations
 LEAST_CHUNK = 32
 SMALLEST_CHUNK = 8  # of a pass that streams: more passes, when memory is that short
 SMALL = PIECE // 4  # bytes of a weight that is not worth reads of its own
@@ -133,13 +133,12 @@ def _matrices(graph: Graph) -> Iterator[tuple[WeightRef, bool]]:
 class Holding:
     """Where the weights of a plan are. `kind` "mmap" maps them, "ram" keeps them, "stream" keeps
     `held` stored rows of each matrix (by `WeightRef.matrix`) and reads the others in every pass,
-    through `slots` buffers. `packs` says that what is kept is packed into panels where it can be;
-    `chunk` is how many tokens of a prompt a pass takes.
+    through `slots` buffers. What is kept is packed into panels where it can be; `chunk` is how many
+    tokens of a prompt a pass takes.
     """
 
     kind: str
     chunk: int
-    packs: bool = True
     held: Mapping[tuple[object, ...], int] = field(default_factory=dict)
     slots: int = 0
 
@@ -186,7 +185,7 @@ def choose(
         raise UsageError("--ram: a budget cannot be kept with --load mmap; leave one of them out")
     chunk = prompt_chunk(plan.graph)
     if load == "mmap" or (load == "ram" and ram is None):
-        return Holding(load, chunk, packs=load == "ram")
+        return Holding(load, chunk)
     if load == "stream" and ram is None:
         return Holding("stream", CHUNK, slots=MOST_PIECES)
     if ram is None:
@@ -245,16 +244,14 @@ def _shares(plan: Plan, sizes: Mapping[WeightRef, int], left: int) -> dict[tuple
     """
     uses = Counter(ref.matrix for ref in plan.weights)
     held: dict[tuple[object, ...], int] = {}
-    shared = []
     for ref in sorted(sizes, key=lambda ref: (-uses[ref.matrix], sizes[ref] > SMALL, sizes[ref])):
         if (uses[ref.matrix] > 1 or sizes[ref] <= SMALL) and sizes[ref] <= left:
             held[ref.matrix] = _rows(ref)
             left -= sizes[ref]
-        else:
-            shared.append(ref)
+    shared = [ref for ref in sizes if ref.matrix not in held]  # in the order of their use
     part = left / max(1, sum(sizes[ref] for ref in shared))
     wanted = 0.0  # bytes that were due and not given
-    for ref in sorted(shared, key=list(sizes).index):
+    for ref in shared:
         wanted += part * sizes[ref]
         rows = int(_rows(ref) * min(1.0, wanted / sizes[ref]))
         rows = rows if rows == _rows(ref) else rows // 32 * 32  # as many as kernels take at a time
@@ -271,6 +268,8 @@ def make_provider(
     progress: Callable[[str, float | None], None] | None = None,
 ) -> WeightsProvider:
     """The provider that does what was chosen; what is kept is read now."""
+    if holding.kind == "mmap":
+        return MmapProvider()
     rows = {ref.matrix: _rows(ref) for ref in _streamable(plan)}
     held = rows if holding.kind != "stream" else holding.held
     kept = {
@@ -278,16 +277,12 @@ def make_provider(
         for ref in _streamable(plan)
         if held.get(ref.matrix)
     }
-    packed = {ref.matrix for ref in plan.packable} if holding.packs else set()
-    provider: WeightsProvider
-    if holding.kind == "mmap":
-        provider = MmapProvider()
-    else:
-        plain = [ref for matrix, ref in kept.items() if matrix not in packed]
-        provider = RamProvider(plain, progress, tables=plan.tables)
-    to_pack = [ref for matrix, ref in kept.items() if matrix in packed]
+    packable = {ref.matrix for ref in plan.packable}
+    plain = [ref for matrix, ref in kept.items() if matrix not in packable]
+    provider: WeightsProvider = RamProvider(plain, progress, tables=plan.tables)
+    to_pack = [ref for matrix, ref in kept.items() if matrix in packable]
     if to_pack:
-        provider = PackedProvider(provider, to_pack, packer, progress, tables=plan.tables)
+        provider = PackedProvider(provider, to_pack, packer, progress)
     if holding.kind != "stream":
         return provider
     return StreamProvider(

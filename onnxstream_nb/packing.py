@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .files import aligned
 from .graph import WeightRef
-from .weights import DiskProvider, Weight, WeightsProvider, encoded_bytes
+from .weights import ALIGNMENT, DiskProvider, Weight, WeightsProvider, encoded_bytes
 
 CHUNK_BYTES = 4_000_000  # read at a time: what is held twice
-ALIGNMENT = 64
 
 
 class Packer(Protocol):
@@ -25,9 +25,6 @@ class Packer(Protocol):
 
     def panel_bytes(self, ref: WeightRef) -> int:
         """Bytes of a panel of 16 rows; 0 when this weight is read as it is stored."""
-
-    def memory(self, size: int) -> np.ndarray[Any, Any]:
-        """Zeroed memory for panels (size,) uint8."""
 
     def pack(self, ref: WeightRef, rows: np.ndarray[Any, Any], out: int, count: int) -> None:
         """Pack `count` stored rows, flat bytes, into the panels at address `out`."""
@@ -120,19 +117,13 @@ class PackedProvider:
         refs: Iterable[WeightRef],
         packer: Packer,
         progress: Callable[[str, float | None], None] | None = None,
-        *,
-        tables: Iterable[WeightRef] = (),
     ) -> None:
         self.others = others
         self._disk = DiskProvider()
-        self._announced: Sequence[WeightRef] = ()
-        self._left: list[WeightRef] = []
         self._weights: dict[object, Weight] = {}
         wanted = {ref.matrix: (ref, packer.panel_bytes(ref)) for ref in refs}
-        keys = {ref.key for ref, _ in wanted.values()}
-        self._tables = {ref.matrix for ref in tables if ref.key in keys}
         total = sum(panels_bytes(*found) for found in wanted.values())
-        memory, done = packer.memory(total), 0
+        memory, done = aligned(total), 0
         for matrix, (ref, panel_bytes) in wanted.items():
             if progress is not None:
                 progress("packing weights", done / total)
@@ -148,24 +139,13 @@ class PackedProvider:
         return self._disk.bytes_read + int(getattr(self.others, "bytes_read", 0))
 
     def get(self, ref: WeightRef) -> Weight:
-        """The panels of a weight that was packed, else what the other provider has.
-
-        Of a table whose bytes are packed as well (an embedding tied to the head) only the rows
-        that are looked up are read.
-        """
-        if ref.matrix in self._weights:
-            return self._weights[ref.matrix]
-        if ref.matrix in self._tables:
-            return self._disk.table(ref)
-        return self.others.get(ref)
+        """The panels of a weight that was packed, else what the other provider has."""
+        packed = self._weights.get(ref.matrix)
+        return self.others.get(ref) if packed is None else packed
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """For the other provider: panels are in memory."""
-        if refs is not self._announced:  # the same for every token: looked through once
-            mine = self._tables | self._weights.keys()
-            self._announced = refs
-            self._left = [r for r in refs if r.matrix not in mine]
-        self.others.prefetch(self._left)
+        self.others.prefetch(refs)
 
     def release(self, ref: WeightRef) -> None:
         """Nothing: all is kept."""
