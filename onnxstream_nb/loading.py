@@ -201,7 +201,7 @@ def choose(
     used = device.current_rss() + reserve
     whole = {ref.matrix: _rows(ref) for ref in sizes}
     while chunk >= LEAST_CHUNK:
-        if used + work_bytes(plan, chunk) + sum(sizes.values()) <= ram:
+        if max(used + work_bytes(plan, chunk) + sum(sizes.values()), reached) <= ram:
             return Holding("stream", chunk, held=whole)
         chunk //= 2
     return _budget(plan, sizes, ram, used, reserve, reached)
@@ -228,7 +228,7 @@ def _budget(
         chunk //= 2
     left = ram - max(least + work_bytes(plan, chunk, True), reached)
     if left < 0:
-        whole = used + work_bytes(plan, LEAST_CHUNK) + sum(sizes.values())
+        whole = max(used + work_bytes(plan, LEAST_CHUNK) + sum(sizes.values()), reached)
         used += work_bytes(plan, chunk, True)
         raise _too_little(ram, min(ram - left, whole), used, reserve)
     more = min(MOST_PIECES - LEAST_PIECES, left // 2 // slot) if slot else 0

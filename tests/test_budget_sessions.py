@@ -14,9 +14,9 @@ from llama_oracle import Array, Tiny, logits
 from llm_checks import Countdown, exact_model, near
 from onnx_models import saved
 from session_models import deep, random
-from weight_files import pieces_of
+from weight_files import pieces_of, process_of
 
-from onnxstream_nb import device, loading, streaming
+from onnxstream_nb import loading, streaming
 from onnxstream_nb.errors import Interrupted, ModelError
 from onnxstream_nb.files import room
 from onnxstream_nb.kvcache import bytes_at
@@ -36,7 +36,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices come in several pieces of 32 rows and more; a process that takes nothing itself, so
     that budgets are exact; what they have is for weights, not for longer passes."""
     pieces_of(monkeypatch, 5000)
-    monkeypatch.setattr(device, "current_rss", lambda: 0)
+    process_of(monkeypatch, 0)
     monkeypatch.setattr(loading, "CHUNK", 16)
 
 

@@ -27,9 +27,9 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny
 from onnx import helper, numpy_helper
 from onnx_models import make, refusal, saved, value
-from weight_files import Reads, pieces_of
+from weight_files import Reads, pieces_of, process_of
 
-from onnxstream_nb import device, loading
+from onnxstream_nb import loading
 from onnxstream_nb.errors import MemoryBudgetError
 from onnxstream_nb.files import room
 from onnxstream_nb.graph import WeightRef
@@ -49,7 +49,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def no_base(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that takes no memory itself, so that budgets are exact; a pass's arrays count by a
     formula, as when their sizes cannot be told."""
-    monkeypatch.setattr(device, "current_rss", lambda: 0)
+    process_of(monkeypatch, 0)
     monkeypatch.setattr(loading, "bound_for_tokens", lambda plan, tokens: None)
 
 
@@ -115,7 +115,7 @@ def test_the_least_that_is_named_is_enough(
     base: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever it is rounded to, following the advice works."""
-    monkeypatch.setattr(device, "current_rss", lambda: base)
+    process_of(monkeypatch, base)
     least = least_named(lambda: Session(model, ram=1))
     with Session(model, ram=least) as session:
         runs(session, model, times=1)

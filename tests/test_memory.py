@@ -33,6 +33,27 @@ for i in range(30):
 print(model.session.provider.bytes_a_pass == 0, device.peak_rss(), ram)
 """
 
+LEAST = """
+import re, sys
+from onnxstream_nb import device
+from onnxstream_nb.errors import MemoryBudgetError
+from onnxstream_nb.llm import LanguageModel
+try:
+    LanguageModel(sys.argv[1], ram=1)
+except MemoryBudgetError as error:
+    print(device.parse_size(re.search("at least (.*?) is needed", str(error))[1]))
+"""
+
+REPLY = """
+import sys
+from onnxstream_nb import device
+from onnxstream_nb.llm import LanguageModel
+model = LanguageModel(sys.argv[1], ram=int(sys.argv[2]))
+model.feed(range(60))
+model.feed([1])
+print(device.peak_rss())
+"""
+
 CHAIN = r"""
 import re, sys
 from pathlib import Path
@@ -100,6 +121,14 @@ def test_a_chat_stays_within_its_budget(tmp_path: Path) -> None:
         all_held, peak, ram = process(CHAT, path, factor)
         assert all_held == held
         assert int(peak) <= int(ram)
+
+
+def test_the_least_that_is_named_covers_the_start(tmp_path: Path) -> None:
+    """The engine takes more for a moment when it is loaded than a small model needs later."""
+    write_gguf(tmp_path / "m.gguf", Tiny(), "F16")
+    process(LEAST, tmp_path / "m.gguf")  # compiles
+    least = int(process(LEAST, tmp_path / "m.gguf")[0])
+    assert int(process(REPLY, tmp_path / "m.gguf", least)[0]) <= least
 
 
 @pytest.fixture(scope="module")

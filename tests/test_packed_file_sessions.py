@@ -14,7 +14,7 @@ from llama_fixtures import K_QUANT, write_gguf
 from llama_oracle import Tiny
 from onnx_models import refusal
 from packed_models import IDS, SHIPPED, Shipped, Tied, exact, file_of, only_file, packer
-from weight_files import Reads, closing, pieces_of
+from weight_files import Reads, closing, pieces_of, process_of
 
 from onnxstream_nb import device, loading, packed_weights
 from onnxstream_nb.device import parse_size
@@ -89,8 +89,7 @@ def test_budgets_hold_some_panels_and_stream_the_others(
 ) -> None:
     tied, folder = Tied(tmp_path, encoding), tmp_path / "p"
     wanted = {tuple(ids): tied.logits(ids, load="ram") for ids in (IDS, IDS[:1])}
-    monkeypatch.setattr(device, "current_rss", lambda: 0)
-    monkeypatch.setattr(device, "peak_rss", lambda: 0)
+    process_of(monkeypatch, 0)
     pieces_of(monkeypatch, 12_000)
     tied.logits(packed=folder)
     monkeypatch.setattr("onnxstream_nb.kernels.packing.Packer.pack", never)

@@ -17,8 +17,9 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny
 from llm_checks import Countdown, exact_model
 from onnx_models import refusal
+from weight_files import process_of
 
-from onnxstream_nb import device, hub, passes, spill
+from onnxstream_nb import hub, passes, spill
 from onnxstream_nb.errors import Interrupted, MemoryBudgetError, OnnxstreamError, UsageError
 from onnxstream_nb.formats import load
 from onnxstream_nb.kvcache import KVCache, bytes_at, bytes_resident
@@ -44,8 +45,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def process_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that takes no memory itself, so that budgets are exact; and small slices."""
-    monkeypatch.setattr(device, "current_rss", lambda: 0)
-    monkeypatch.setattr(device, "peak_rss", lambda: 0)
+    process_of(monkeypatch, 0)
     monkeypatch.setattr(spill, "SLICE_BYTES", 40_000)
 
 

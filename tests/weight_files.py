@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxstream_nb import files, loading, streaming
+from onnxstream_nb import device, files, loading, streaming
 from onnxstream_nb.graph import WeightRef
 from onnxstream_nb.weights import Weight
 
@@ -104,6 +104,12 @@ def wait_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A ring that never gives a piece fails the test."""
     own = SimpleNamespace(**{**vars(threading), "Condition": _Patience})
     monkeypatch.setattr(streaming, "threading", own)
+
+
+def process_of(monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
+    """A process that takes so many bytes, and never took more: budgets are then exact."""
+    monkeypatch.setattr(device, "current_rss", lambda: resident)
+    monkeypatch.setattr("onnxstream_nb.session.peak_rss", lambda: resident)
 
 
 def pieces_of(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
