@@ -30,8 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     PACKAGE: {"model", "session"},
     "cli": {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
-        "registry", "trace", "passes", "kvcache", "packed_file", PACKAGE,
+        "registry", "trace", "passes", "kvcache", "packed_file", "convert", PACKAGE,
     },
+    "convert": {"hub", "formats", "passes", "session", "registry", "tokenizer", "llm", PACKAGE},
     "measure": {
         "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,
     },
