@@ -1,0 +1,84 @@
+"""PTX and machine code of CUDA kernels, by NVIDIA's assembler: what a GPU would run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from onnxstream_nb.kernels.cuda_kernel import CUDA_KERNELS
+
+CAPABILITIES = ((7, 5), (8, 0), (9, 0))
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """`instructions` counts what there is of each; `spilled` and `stack` are bytes a thread."""
+
+    ptx: str
+    registers: int
+    spilled: int
+    stack: int
+    instructions: Counter[str]
+
+    def count(self, *starts: str) -> int:
+        """How many instructions begin with one of the words."""
+        return sum(n for name, n in self.instructions.items() if name.startswith(starts))
+
+
+@cache
+def tool(name: str) -> str | None:
+    """The path of ptxas or nvdisasm, of the wheels; None where they are not installed."""
+    for package in ("nvidia.cu13", "nvidia.cuda_nvcc", "nvidia.cuda_nvdisasm"):
+        try:
+            spec = find_spec(package)
+        except ModuleNotFoundError:
+            continue
+        for folder in spec.submodule_search_locations or () if spec else ():
+            path = Path(folder) / "bin" / name
+            if path.is_file():
+                return str(path)
+    return None
+
+
+def can_assemble() -> bool:
+    """Whether Numba's CUDA target and NVIDIA's assembler are here."""
+    return bool(find_spec("numba_cuda") and tool("ptxas") and tool("nvdisasm"))
+
+
+def assembly(name: str, capability: tuple[int, int]) -> Assembly:
+    """The machine code of a kernel."""
+    ptx = CUDA_KERNELS[name].ptx(capability)
+    with tempfile.TemporaryDirectory() as folder:
+        source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
+        source.write_text(ptx)
+        said = _run(
+            "ptxas", f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(source),
+            "-o", str(binary),
+        )  # fmt: skip
+        code = _run("nvdisasm", "-c", str(binary))
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said)
+        assert found is not None, said
+        return int(found[1])
+
+    lines = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    return Assembly(
+        ptx, number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes stack frame"),
+        Counter(lines),
+    )  # fmt: skip
+
+
+def _run(name: str, *arguments: str) -> str:
+    path = tool(name)
+    assert path is not None
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
