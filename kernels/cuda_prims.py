@@ -8,101 +8,17 @@ simulator, which checks bounds and alignment and may let a copy land as late, or
 hardware may. Sources: PTX ISA 9.0 (mma.sync, ldmatrix, cp.async), NVVM IR.
 """
 
-from functools import cache
-
 import numpy as np
 
 from . import cuda_simulator as simulator
-from .cuda_kernel import Stand, device
+from .cuda_kernel import device
+from .cuda_primitive import Cast, Names, assembly, primitive
 
 FULL = 0xFFFFFFFF  # all lanes of a warp
 
 
-class Primitive(Stand):
-    """One primitive; `generate` writes the code, given the module `ir`, a builder and values."""
-
-    def __init__(self, result, arguments, generate, twin):
-        self.result, self.arguments, self.generate, self.twin = result, arguments, generate, twin
-        self.__doc__ = generate.__doc__
-        self._intrinsic = None
-
-    def simulated(self):
-        return self.twin
-
-    def compiled(self):
-        if self._intrinsic is None:
-            self._intrinsic = self._declare()
-        return self._intrinsic
-
-    def _declare(self):
-        from llvmlite import ir
-        from numba.cuda import types
-        from numba.cuda.extending import intrinsic
-
-        signature = _type(self.result)(*[_type(name) for name in self.arguments])
-
-        def codegen(context, builder, signature, values):
-            value = self.generate(ir, builder, *values)
-            if isinstance(value, list):
-                return context.make_tuple(builder, signature.return_type, value)
-            return context.get_dummy_value() if signature.return_type == types.void else value
-
-        typer = _typer(len(self.arguments), (signature, codegen))
-        typer.__name__ = self.generate.__name__
-        return intrinsic(typer)
-
-
-def _typer(count, answer):
-    """The typing function of an intrinsic of so many arguments: Numba wants them by name."""
-    names = ", ".join(f"x{i}" for i in range(count))
-    scope = {"answer": answer}
-    exec(f"def typer(context, {names}): return answer", scope)
-    return scope["typer"]
-
-
-@cache
-def _type(name):
-    """Numba's type of "f32", "i32", "u32", "i64", "f32x4" (a tuple of four), "void"."""
-    from numba.cuda import types
-
-    kind, _, count = name.partition("x")
-    full = {"i": "int", "u": "uint", "f": "float"}.get(kind[0], "") + kind[1:]
-    single = types.void if name == "void" else getattr(types, full)
-    return types.UniTuple(single, int(count)) if count else single
-
-
-def primitive(result, *arguments, twin):
-    """Declare a primitive: its types, its twin in Python, and the code generator decorated."""
-    return lambda generate: Primitive(result, arguments, generate, twin)
-
-
-class _Names(Stand):
-    """What is an attribute of numba.cuda when compiled, and of the simulator when simulated."""
-
-    def compiled(self):
-        from numba import cuda
-
-        return cuda
-
-    def simulated(self):
-        return simulator.Cuda()
-
-
-class _Cast(Stand):
-    def __init__(self, name):
-        self.name = name
-
-    def compiled(self):
-        from numba.cuda import types
-
-        return getattr(types, self.name)
-
-    def simulated(self):
-        return getattr(np, self.name) if self.name.startswith("float") else int
-
-
-cuda = _Names()
-float32, int32, int64, uint32 = (_Cast(n) for n in ("float32", "int32", "int64", "uint32"))
+cuda = Names()
+float32, int32, int64, uint32 = (Cast(n) for n in ("float32", "int32", "int64", "uint32"))
 
 
 # -- loads and stores ------------------------------------------------------------------------------
@@ -112,14 +28,6 @@ GLOBAL, SHARED = 1, 3  # LLVM's address spaces
 
 def _at(ir, builder, where, llvm_type, space):
     return builder.inttoptr(where, ir.PointerType(llvm_type, space))
-
-
-def _integer(ir, bits):
-    return ir.IntType(bits)
-
-
-def _float(ir, bits):
-    return ir.HalfType() if bits == 16 else ir.FloatType()
 
 
 def _loader(result, space, stored, widen, dtype):
@@ -213,7 +121,7 @@ def load_128(ir, builder, address):
 def stream_128(ir, builder, address):
     """The same of bytes that nobody reads twice: they do not push others out of the L1 cache."""
     text = "ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];"
-    return _assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True)
+    return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True)
 
 
 @primitive("u32x4", "i32", twin=_words(4, SHARED))
@@ -233,21 +141,6 @@ def shared_memory(ir, builder):
         found = ir.GlobalVariable(module, ir.ArrayType(ir.IntType(8), 0), name, addrspace=SHARED)
         found.linkage, found.align = "external", 16
     return builder.ptrtoint(found, ir.IntType(32))
-
-
-def _assembly(ir, builder, text, results, values, *, effect=False, memory=False):
-    """Inline PTX; one result, a list of several, or None."""
-    letters = {"i32": "r", "i64": "l", "float": "f"}
-    constraints = [f"={letters[str(r)]}" for r in results]
-    constraints += [letters[str(v.type)] for v in values] + ["~{memory}"] * memory
-    several = ir.LiteralStructType(results) if len(results) > 1 else None
-    result = several or (results[0] if results else ir.VoidType())
-    kind = ir.FunctionType(result, [v.type for v in values])
-    asm = ir.InlineAsm(kind, text, ",".join(constraints), side_effect=effect)
-    value = builder.call(asm, values)
-    if several is None:
-        return value if results else None
-    return [builder.extract_value(value, i) for i in range(len(results))]
 
 
 # -- pairs of halves -------------------------------------------------------------------------------
@@ -293,7 +186,7 @@ def signed_bytes(ir, builder, word):
     flipped, large = builder.xor(word, i32(0x80808080)), i32(0x4B000000)
     found = []
     for i in range(4):
-        picked = _assembly(
+        picked = assembly(
             ir, builder, "prmt.b32 $0, $1, $2, $3;", [i32], [flipped, large, i32(0x7650 + i)]
         )
         value = builder.bitcast(picked, ir.FloatType())
@@ -314,7 +207,7 @@ def nibbles(ir, builder, word):
     for j in range(4):
         masked = builder.and_(builder.lshr(word, i32(4 * j)), i32(0x000F000F))
         biased = builder.or_(masked, i32(0x64006400))
-        less = _assembly(ir, builder, "sub.f16x2 $0, $1, $2;", [i32], [biased, i32(0x64086408)])
+        less = assembly(ir, builder, "sub.f16x2 $0, $1, $2;", [i32], [biased, i32(0x64086408)])
         values = builder.bitcast(less, pair)
         picked = [builder.extract_element(values, i32(i)) for i in range(2)]
         found += [builder.fpext(each, ir.FloatType()) for each in picked]
@@ -339,7 +232,7 @@ def _shuffle_twin(value, mask):
 def shuffle_xor(ir, builder, value, mask):
     """The value that the lane whose number differs by `mask` gives; every lane has to come."""
     text = "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;"
-    return _assembly(ir, builder, text, [ir.FloatType()], [value, mask], effect=True)
+    return assembly(ir, builder, text, [ir.FloatType()], [value, mask], effect=True)
 
 
 @device
@@ -370,13 +263,13 @@ def warp_max(value):
 @primitive("f32", "f32", twin=lambda x: np.float32(2) ** np.float32(x))
 def exp2(ir, builder, x):
     """2 ** x by the special function unit: within 2 ulp; of -infinity 0."""
-    return _assembly(ir, builder, "ex2.approx.ftz.f32 $0, $1;", [ir.FloatType()], [x])
+    return assembly(ir, builder, "ex2.approx.ftz.f32 $0, $1;", [ir.FloatType()], [x])
 
 
 @primitive("f32", "f32", twin=lambda x: np.float32(1) / np.sqrt(np.float32(x)))
 def rsqrt(ir, builder, x):
     """1 / sqrt(x), within 2 ulp."""
-    return _assembly(ir, builder, "rsqrt.approx.ftz.f32 $0, $1;", [ir.FloatType()], [x])
+    return assembly(ir, builder, "rsqrt.approx.ftz.f32 $0, $1;", [ir.FloatType()], [x])
 
 
 # -- asynchronous copies ---------------------------------------------------------------------------
@@ -387,19 +280,19 @@ def copy_async(ir, builder, to, source, nbytes):
     """Begin to write 16 bytes of shared memory, at a multiple of 16: the first `nbytes` from global
     memory, at a multiple of 16 too, and zeros (sm_80)."""
     text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
-    return _assembly(ir, builder, text, [], [to, source, nbytes], effect=True, memory=True)
+    return assembly(ir, builder, text, [], [to, source, nbytes], effect=True, memory=True)
 
 
 @primitive("void", twin=simulator.commit)
 def commit_copies(ir, builder):
     """What was begun since the last time is one group."""
-    return _assembly(ir, builder, "cp.async.commit_group;", [], [], effect=True, memory=True)
+    return assembly(ir, builder, "cp.async.commit_group;", [], [], effect=True, memory=True)
 
 
 def _waiter(left):
     def generate(ir, builder):
         text = f"cp.async.wait_group {left};"
-        return _assembly(ir, builder, text, [], [], effect=True, memory=True)
+        return assembly(ir, builder, text, [], [], effect=True, memory=True)
 
     return primitive("void", twin=lambda: simulator.wait(left))(generate)
 
@@ -424,7 +317,7 @@ def load_matrices(ir, builder, address):
     """Four 8 x 8 matrices of halves in shared memory: lane l names row l % 8 of matrix l // 8, and
     gets of each the pair 2 (l % 4) of row l // 4 (ldmatrix.x4)."""
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
-    return _assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
+    return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
 
 
 def _fragments(words, lane, depth):
@@ -459,7 +352,7 @@ def multiply_16(ir, builder, *values):
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
     )
-    return _assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)
+    return assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)
 
 
 @primitive(
@@ -472,4 +365,4 @@ def multiply_8(ir, builder, *values):
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
         "{$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};"
     )
-    return _assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)
+    return assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)

@@ -3,10 +3,11 @@
 Dims: a grid of blocks, a block of threads, a warp of 32 of them.
 
 Every thread is a coroutine, so a run is the same each time, and threads take turns only where they
-wait for each other: a warp goes as far as it can before another does. In which order, and whether asynchronous copies land at once or as late as they may, is the caller's to choose: a
-missing barrier shows itself in one order or the other. Global memory is this process's: an access
-outside what was allocated, or at an address that is not a multiple of its size, is an error, as is
-reading shared memory that nothing was written to.
+wait for each other: a warp goes as far as it can before another does. In which order, and whether
+asynchronous copies land at once or as late as they may, is the caller's to choose: a missing
+barrier shows itself in one order or the other. Global memory is this process's: an access outside
+what was allocated, or at an address that is not a multiple of its size, is an error, as is reading
+shared memory that nothing was written to.
 """
 
 import ctypes

@@ -27,7 +27,7 @@ def functions(path: Path) -> Iterator[Function]:
 
 def is_kernel(function: Function) -> bool:
     calls = [d.func if isinstance(d, ast.Call) else d for d in function.decorator_list]
-    return any(isinstance(d, ast.Name) and d.id == "kernel" for d in calls)
+    return any(isinstance(d, ast.Name) and d.id in ("kernel", "cuda_kernel") for d in calls)
 
 
 def public_functions(path: Path) -> Iterator[Function]:
