@@ -13,20 +13,50 @@ Source of the layouts: PTX ISA, "Matrix fragments for mma.m16n8k16".
 
 from .cuda_kernel import cuda_kernel, device
 from .cuda_prims import (
-    commit_copies, copy_async, cuda, float32, int32, int64, load_matrices, multiply_16,
-    shared_memory, store_f32, wait_all_copies, wait_but_one,
+    commit_copies, copy_async, cuda, float32, int32, int64, load_128, load_matrices, multiply_8,
+    multiply_16, shared_memory, store_f32, store_shared_128, uint32, wait_all_copies, wait_but_one,
 )  # fmt: skip
 
 
 @device
-def copy_rows(to, source, first, limit, k0, k, rows, chunks, pitch, thread, threads):
-    """Begin to copy (rows, 8 chunks) halves from row `first` and column k0 of a matrix of `limit`
-    rows of k, to rows `pitch` bytes apart; zeros for what is outside."""
-    for i in range(thread, rows * chunks, threads):
-        row, column = first + i // chunks, k0 + 8 * (i % chunks)
-        inside = row < limit and column < k
-        at = source + 2 * (int64(row) * k + column) if inside else source
-        copy_async(to + pitch * (i // chunks) + 16 * (i % chunks), at, 16 if inside else 0)
+def copy_now(to, source, nbytes):
+    """Write 16 bytes of shared memory: from global memory, or zeros."""
+    if nbytes > 0:
+        words = load_128(source)
+        store_shared_128(to, words[0], words[1], words[2], words[3])
+    else:
+        store_shared_128(to, uint32(0), uint32(0), uint32(0), uint32(0))
+
+
+@device
+def nothing():
+    """What copies that are done at once have to wait for."""
+
+
+@device
+def multiply_twice(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
+    """The product of (16, 16) by (16, 8) in two halves."""
+    d = multiply_8(a0, a1, b0, c0, c1, c2, c3)
+    return multiply_8(a2, a3, b1, d[0], d[1], d[2], d[3])
+
+
+def make_copy_rows(copy):
+    """The device function that copies a tile, by asynchronous copies or at once."""
+
+    @device
+    def copy_rows(to, source, first, limit, k0, k, rows, chunks, pitch, thread, threads):
+        """Begin to copy (rows, 8 chunks) halves from row `first` and column k0 of a matrix of
+        `limit` rows of k, to rows `pitch` bytes apart; zeros for what is outside."""
+        for i in range(thread, rows * chunks, threads):
+            row, column = first + i // chunks, k0 + 8 * (i % chunks)
+            inside = row < limit and column < k
+            at = source + 2 * (int64(row) * k + column) if inside else source
+            copy(to + pitch * (i // chunks) + 16 * (i % chunks), at, 16 if inside else 0)
+
+    return copy_rows
+
+
+copy_rows = make_copy_rows(copy_async)
 
 
 @device
@@ -40,15 +70,20 @@ def store_pair(y, row, column, m, n, first, second):
             store_f32(at + 4, second)
 
 
-def make_gemm(name, bm, bn, bk, wm, wn, stages):
-    """The kernel for tiles of these sizes."""
+def make_gemm(name, bm, bn, bk, wm, wn, stages, since=(8, 0)):
+    """The kernel for tiles of these sizes; before sm_80 nothing is asynchronous."""
+    newer = since >= (8, 0)
+    copy_tile = copy_rows if newer else make_copy_rows(copy_now)
+    commit = commit_copies if newer else nothing
+    wait = (wait_but_one if stages == 3 else wait_all_copies) if newer else nothing
+    multiply = multiply_16 if newer else multiply_twice
     threads, chunks, pitch = 32 * wm * wn, bk // 8, 2 * bk + 16
     stage = (bm + bn) * pitch
     tall, wide = bm // wm // 16, bn // wn // 16  # products a warp has down, pairs of them across
     sums = 8 * tall * wide
 
     @cuda_kernel(
-        "aaaiii", name=name, threads=threads, resident=1, shared=stages * stage, since=(8, 0)
+        "aaaiii", name=name, threads=threads, resident=1, shared=stages * stage, since=since
     )
     def gemm(x, w, y, m, n, k):
         """x (M, K) float16, w (N, K) float16 -> y (M, N) float32."""
@@ -61,26 +96,23 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages):
         base, steps = shared_memory(), (k + bk - 1) // bk
         for ahead in range(stages - 1):
             at = base + ahead * stage
-            copy_rows(at, x, row0, m, ahead * bk, k, bm, chunks, pitch, thread, threads)
+            copy_tile(at, x, row0, m, ahead * bk, k, bm, chunks, pitch, thread, threads)
             at += bm * pitch
-            copy_rows(at, w, column0, n, ahead * bk, k, bn, chunks, pitch, thread, threads)
-            commit_copies()
+            copy_tile(at, w, column0, n, ahead * bk, k, bn, chunks, pitch, thread, threads)
+            commit()
         # Where a lane's rows of small matrices begin: of x 16 rows by 16, of w twice 8 rows by 16.
         x_lane = (warp // wn * (bm // wm) + lane % 16) * pitch + 16 * (lane // 16)
         w_row = warp % wn * (bn // wn) + lane % 8 + 8 * (lane // 16)
         w_lane = (bm + w_row) * pitch + 16 * (lane // 8 % 2)
         for step in range(steps):
-            if stages == 3:
-                wait_but_one()
-            else:
-                wait_all_copies()
+            wait()
             cuda.syncthreads()
             following = step + stages - 1
             at = base + following % stages * stage
-            copy_rows(at, x, row0, m, following * bk, k, bm, chunks, pitch, thread, threads)
+            copy_tile(at, x, row0, m, following * bk, k, bm, chunks, pitch, thread, threads)
             at += bm * pitch
-            copy_rows(at, w, column0, n, following * bk, k, bn, chunks, pitch, thread, threads)
-            commit_copies()
+            copy_tile(at, w, column0, n, following * bk, k, bn, chunks, pitch, thread, threads)
+            commit()
             here = base + step % stages * stage
             for inner in range(bk // 16):
                 for i in range(tall):
@@ -88,11 +120,11 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages):
                     for j in range(wide):
                         b = load_matrices(here + w_lane + 16 * j * pitch + 32 * inner)
                         o = 8 * (i * wide + j)
-                        d = multiply_16(
+                        d = multiply(
                             a[0], a[1], a[2], a[3], b[0], b[1],
                             total[o], total[o + 1], total[o + 2], total[o + 3],
                         )  # fmt: skip
-                        e = multiply_16(
+                        e = multiply(
                             a[0], a[1], a[2], a[3], b[2], b[3],
                             total[o + 4], total[o + 5], total[o + 6], total[o + 7],
                         )  # fmt: skip
@@ -110,5 +142,6 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages):
     return gemm
 
 
+GEMM_75 = make_gemm("gemm_f16_75", 128, 64, 32, 4, 2, 2, (7, 5))
 GEMM = make_gemm("gemm_f16", 128, 128, 32, 2, 4, 3)
 GEMM_SMALL = make_gemm("gemm_f16_small", 64, 64, 32, 2, 2, 3)

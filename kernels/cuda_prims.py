@@ -132,6 +132,21 @@ def shared_128(ir, builder, address):
     return [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
 
 
+def _store_words_twin(address, *words):
+    memory = simulator.memory(SHARED)
+    memory.vector(address, 4, np.uint32, writing=True)[:] = words
+
+
+@primitive("void", "i32", *["u32"] * 4, twin=_store_words_twin)
+def store_shared_128(ir, builder, address, *words):
+    """Write 16 bytes of shared memory, at a multiple of 16."""
+    kind = ir.VectorType(ir.IntType(32), 4)
+    value = ir.Constant(kind, ir.Undefined)
+    for i, word in enumerate(words):
+        value = builder.insert_element(value, word, ir.IntType(32)(i))
+    builder.store(value, _at(ir, builder, address, kind, SHARED), align=16)
+
+
 @primitive("i32", twin=lambda: 0)
 def shared_memory(ir, builder):
     """The address of the block's shared memory."""
@@ -272,6 +287,18 @@ def rsqrt(ir, builder, x):
     return assembly(ir, builder, "rsqrt.approx.ftz.f32 $0, $1;", [ir.FloatType()], [x])
 
 
+@primitive("f32", "f32", twin=lambda x: np.sqrt(np.float32(x)))
+def square_root(ir, builder, x):
+    """The square root of x, correctly rounded."""
+    return assembly(ir, builder, "sqrt.rn.f32 $0, $1;", [ir.FloatType()], [x])
+
+
+@primitive("f32", "f32", twin=lambda x: np.tanh(np.float32(x)))
+def tanh_fast(ir, builder, x):
+    """The hyperbolic tangent, within 2 ** -11 of its value (sm_75)."""
+    return assembly(ir, builder, "tanh.approx.f32 $0, $1;", [ir.FloatType()], [x])
+
+
 # -- asynchronous copies ---------------------------------------------------------------------------
 
 
@@ -317,6 +344,25 @@ def load_matrices(ir, builder, address):
     """Four 8 x 8 matrices of halves in shared memory: lane l names row l % 8 of matrix l // 8, and
     gets of each the pair 2 (l % 4) of row l // 4 (ldmatrix.x4)."""
     text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
+    return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
+
+
+def _turned_twin(address):
+    addresses, lane = simulator.exchange(address)
+    memory, words = simulator.memory(SHARED), []
+    for matrix in range(4):
+        rows = [
+            memory.vector(addresses[8 * matrix + 2 * (lane % 4) + i], 8, np.uint16)
+            for i in range(2)
+        ]
+        words.append(int(rows[0][lane // 4]) | int(rows[1][lane // 4]) << 16)
+    return tuple(words)
+
+
+@primitive("u32x4", "i32", twin=_turned_twin)
+def load_turned_matrices(ir, builder, address):
+    """The same of the matrices' transposes."""
+    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
     return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
 
 
