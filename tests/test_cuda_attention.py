@@ -12,6 +12,7 @@ from onnxstream_nb.kernels.cuda_attention import (
     partial_bytes,
     queries_of_block,
 )
+from onnxstream_nb.kernels.cuda_flash import prefill_attention
 from onnxstream_nb.kernels.cuda_simulator import ORDERS, simulate
 
 
@@ -103,3 +104,49 @@ def test_huge_scores_do_not_overflow() -> None:
     keys, values = (cache_of(1, 40, 8, 40, seed) for seed in (1, 2))
     y = decoded(q, keys, values, 39, 2, 1.0)
     np.testing.assert_allclose(y, attention(q, keys, values, 39, 1.0), rtol=0, atol=1e-5)
+
+
+# -- many tokens
+
+
+def read(
+    q: Array, keys: Array, values: Array, past: int, scale: float, window: int = 0, cap: float = 0,
+    *, since: tuple[int, int] = (8, 0), eager: bool = False, order: str = "forwards",
+) -> Array:  # fmt: skip
+    tokens, heads, size = q.shape
+    kv, positions, _ = keys.shape
+    kernel = prefill_attention(size, 2, 32, since)
+    place, y = placed(np.array([past])), poisoned(*q.shape)
+    arrays = [q, keys, values, place, y]
+    addresses = [a.ctypes.data for a in arrays]
+    simulate(
+        kernel, (-(-tokens // 32), heads), kernel.threads,
+        [*addresses, tokens, heads, heads // kv, positions, window, scale, cap],
+        arrays, eager=eager, order=order,
+    )  # fmt: skip
+    return y
+
+
+@pytest.mark.parametrize(("eager", "order"), [(False, "forwards"), (True, "backwards")])
+@pytest.mark.parametrize("since", [(8, 0), (7, 5)])
+@pytest.mark.parametrize(("tokens", "heads", "past", "size"), [(35, 2, 0, 32), (5, 1, 40, 16)])
+def test_many_tokens_over_a_cache(
+    tokens: int, heads: int, past: int, size: int, since: tuple[int, int], eager: bool, order: str
+) -> None:
+    """Tokens and keys that no tile divides, a cache with room behind them that nobody wrote."""
+    rng = np.random.default_rng(size)
+    q = placed(rng.standard_normal((tokens, heads, size)).astype(np.float32))
+    keys, values = (cache_of(1, past + tokens + 3, size, past + tokens, s) for s in (1, 2))
+    y = read(q, keys, values, past, size**-0.5, since=since, eager=eager, order=order)
+    wanted = attention(q, keys, values, past, size**-0.5)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=2e-3)  # weights and queries are halves
+
+
+@pytest.mark.parametrize(("window", "cap"), [(7, 0.0), (0, 2.0), (40, 5.0)])
+def test_windows_and_capped_scores_of_many_tokens(window: int, cap: float) -> None:
+    rng = np.random.default_rng(window)
+    q = placed(3 * rng.standard_normal((34, 1, 16)).astype(np.float32))
+    keys, values = (cache_of(1, 90, 16, 84, seed) for seed in (1, 2))
+    y = read(q, keys, values, 50, 0.25, window, cap)
+    wanted = attention(q, keys, values, 50, 0.25, window, cap)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=4e-3)
