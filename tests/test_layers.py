@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "kvcache": {"passes", "weights"},
     "weights": set(),
     "packed_file": {"weights"},
+    "gpu": {"weights", "registry"},
     "formats": set(),
     "passes": set(),
     "trace": set(),

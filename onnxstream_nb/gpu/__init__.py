@@ -1,0 +1,2 @@
+"""NVIDIA GPUs: memory, copies, launches and graphs, by the driver; nothing is imported without one
+being asked for."""

@@ -1,0 +1,158 @@
+"""A GPU by NVIDIA's driver (cuda.bindings): a launch so costs a microsecond, by Numba twenty."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from .device import Array, DeviceError, DeviceMemoryError, Graph, Grid, Stream
+
+INSTALL = "pip install 'onnxstream_nb[cuda]'"
+LEAST = (7, 5)  # compute capability: tensor cores that take halves
+_NUMBERS: Mapping[str, Any] = {
+    "a": ctypes.c_int64,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
+_DEFAULT_SHARED = 48 << 10  # what a block may have of shared memory unless it asks for more
+
+
+class CudaDevice:
+    """The GPU of a number, as the driver counts them. One thread uses it at a time.
+
+    Raises UnsupportedError when there is no driver, package or such GPU, with what would mend it.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self._driver = _driver()
+        self._call("cuInit", 0)
+        count = self._call("cuDeviceGetCount")
+        if number >= count:
+            raise UnsupportedError(f"there is no GPU number {number}: the driver finds {count}")
+        self._device = self._call("cuDeviceGet", number)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._call("cuCtxSetCurrent", self._context)
+        self.name = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
+        about = self._driver.CUdevice_attribute
+        self.capability = (
+            self._attribute(about.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+            self._attribute(about.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+        )
+        if self.capability < LEAST:
+            raise UnsupportedError(
+                f"{self.name} has compute capability {self.capability[0]}.{self.capability[1]}; "
+                f"{LEAST[0]}.{LEAST[1]} or more is needed"
+            )
+        self.memory = int(self._call("cuDeviceTotalMem", self._device))
+        self._functions: dict[str, Any] = {}
+
+    def _attribute(self, what: Any) -> int:
+        return int(self._call("cuDeviceGetAttribute", what, self._device))
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """A function of the driver: its result, or the error with the driver's own words."""
+        status, *results = getattr(self._driver, name)(*arguments)
+        if int(status):
+            _, text = self._driver.cuGetErrorString(status)
+            said = text.decode() if isinstance(text, bytes) else str(status)
+            memory = self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+            kind = DeviceMemoryError if status == memory else DeviceError
+            raise kind(f"{getattr(self, 'name', 'the GPU')}: {name}: {said}")
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def free(self) -> int:
+        return int(self._call("cuMemGetInfo")[0])
+
+    def allocate(self, nbytes: int) -> int:
+        return int(self._call("cuMemAlloc", max(nbytes, 1)))
+
+    def release(self, address: int) -> None:
+        self._call("cuMemFree", address)
+
+    def pinned(self, nbytes: int) -> Array:
+        address = int(self._call("cuMemHostAlloc", max(nbytes, 1), 0))
+        room: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+        return np.ctypeslib.as_array(room)
+
+    def stream(self) -> Stream:
+        flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+        return self._call("cuStreamCreate", int(flags))
+
+    def upload(self, address: int, array: Array, stream: Stream) -> None:
+        self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, stream)
+
+    def download(self, array: Array, address: int, stream: Stream) -> None:
+        self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, stream)
+
+    def clear(self, address: int, nbytes: int, stream: Stream) -> None:
+        self._call("cuMemsetD8Async", address, 0, nbytes, stream)
+
+    def launch(
+        self, kernel: Any, grid: Grid, block: Grid, arguments: Sequence[int | float], stream: Stream
+    ) -> None:
+        letters = zip(kernel.arguments, arguments, strict=True)
+        values = [_NUMBERS[letter](value) for letter, value in letters]
+        places = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
+        self._call(
+            "cuLaunchKernel", self._function(kernel), *_three(grid), *_three(block), kernel.shared,
+            stream, ctypes.addressof(places), 0,
+        )  # fmt: skip
+
+    def _function(self, kernel: Any) -> Any:
+        found = self._functions.get(kernel.name)
+        if found is None:
+            module = self._call("cuModuleLoadData", kernel.ptx(self.capability).encode())
+            found = self._call("cuModuleGetFunction", module, kernel.name.encode())
+            if kernel.shared > _DEFAULT_SHARED:
+                about = self._driver.CUfunction_attribute
+                most = about.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._call("cuFuncSetAttribute", found, most, kernel.shared)
+            self._functions[kernel.name] = found
+        return found
+
+    def synchronize(self, stream: Stream) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def capture(self, stream: Stream, work: Callable[[], None]) -> Graph:
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", stream, mode)
+        try:
+            work()
+        finally:
+            graph = self._call("cuStreamEndCapture", stream)
+        ready = self._call("cuGraphInstantiate", graph, 0)
+        self._call("cuGraphDestroy", graph)
+        return ready
+
+    def replay(self, graph: Graph, stream: Stream) -> None:
+        self._call("cuGraphLaunch", graph, stream)
+
+    def close(self) -> None:
+        self._functions.clear()
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+
+def _three(sizes: Grid) -> tuple[int, int, int]:
+    first, second, third = (*sizes, 1, 1)[:3]
+    return first, second, third
+
+
+def _driver() -> Any:
+    """cuda.bindings.driver, if it and NVIDIA's driver are here."""
+    try:
+        import cuda.bindings.driver as driver
+    except ImportError as error:
+        raise UnsupportedError(f"--cuda needs more packages: {INSTALL} ({error})") from error
+    try:
+        driver.cuDriverGetVersion()
+    except RuntimeError as error:
+        raise UnsupportedError(
+            "no NVIDIA driver was found: install it, or leave --cuda out, and the CPU is used "
+            f"({error})"
+        ) from error
+    return driver

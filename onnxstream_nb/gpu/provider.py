@@ -1,0 +1,104 @@
+"""Weights of which some lie in a GPU's memory: which, and how they get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ..graph import WeightRef
+from ..registry import lookup
+from ..weights import DiskProvider, WeightsProvider
+from .device import ALIGNMENT, Array, Device, DeviceMemoryError
+from .lanes import Lanes
+
+RESERVE = 256 << 20  # bytes of the GPU's free memory that are left to its driver and to others
+WORK = 1 << 28  # bytes for what goes to products and comes back from them
+
+
+def _service(name: str) -> Callable[..., Any]:
+    found = lookup(name, "onnxstream_nb", 1)
+    assert found is not None, name
+    return found.function
+
+
+def chosen(refs: Iterable[WeightRef], budget: int) -> list[WeightRef]:
+    """The matrices to place within so many bytes: the largest first, for a product with a small one
+    is hardly worth the way; one that does not fit leaves its place to smaller ones."""
+    sizes = {ref.matrix: (_service("DeviceMatrixBytes")(ref), ref) for ref in refs}
+    placed, left = [], budget
+    for size, ref in sorted(sizes.values(), key=lambda each: -each[0]):
+        taken = size + 2 * ALIGNMENT
+        if taken <= left:
+            placed.append(ref)
+            left -= taken
+    return placed
+
+
+class CudaProvider:
+    """Gives matrices on the device as what products there take; all others come from `host`.
+
+    `refs` are placed when this is made, each read from its file once; those that the device turns
+    out to have no memory for are the host's, which then reads them as they are stored.
+    """
+
+    def __init__(
+        self,
+        host: WeightsProvider,
+        device: Device,
+        refs: Sequence[WeightRef],
+        tell: Callable[[str], None],
+        progress: Callable[[str, float | None], None] | None = None,
+    ) -> None:
+        self.host, self.device = host, device
+        self.lanes = Lanes(device, WORK, tell)
+        self._disk = DiskProvider()
+        self._placed: dict[tuple[object, ...], Any] = {}
+        self._stream = device.stream()
+        self.nbytes = 0
+        whole, done = sum(ref.nbytes for ref in refs) or 1, 0
+        for ref in refs:
+            try:
+                self._place(ref)
+            except DeviceMemoryError as error:
+                tell(f"{error}; {ref.name} stays with the CPU")
+            done += ref.nbytes
+            if progress is not None:
+                progress(f"copying weights to {device.name}", done / whole)
+
+    def _place(self, ref: WeightRef) -> None:
+        taken: list[int] = []
+
+        def allocate(array: Array) -> int:
+            address = self.device.allocate(array.nbytes)
+            taken.append(address)
+            self.device.upload(address, array, self._stream)
+            self.device.synchronize(self._stream)  # the array is not kept
+            self.nbytes += array.nbytes
+            return address
+
+        try:
+            self._placed[ref.matrix] = _service("DeviceMatrix")(
+                ref, self._disk.get(ref), self.lanes, lambda: self._disk.get(ref), allocate
+            )
+        except DeviceMemoryError:
+            for address in taken:
+                self.device.release(address)
+            raise
+
+    def get(self, ref: WeightRef) -> Any:
+        placed = self._placed.get(ref.matrix)
+        return self.host.get(ref) if placed is None else placed
+
+    def prefetch(self, refs: Sequence[WeightRef]) -> None:
+        """Only what is not on the device has to be read."""
+        self.host.prefetch([ref for ref in refs if ref.matrix not in self._placed])
+
+    def release(self, ref: WeightRef) -> None:
+        if ref.matrix not in self._placed:
+            self.host.release(ref)
+
+    def close(self) -> None:
+        getattr(self.host, "close", lambda: None)()
+        self._disk.close()
+        self._placed.clear()
+        self.device.close()
