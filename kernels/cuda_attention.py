@@ -50,20 +50,58 @@ def queries_of_block(group):
     return max(q for q in range(1, MOST_QUERIES + 1) if group % q == 0)
 
 
-@cache
-def decode_attention(size, group):
-    """The kernel for heads of `size` (D) elements and blocks of `group` queries."""
-    lanes, wide = lanes_of(size), size // 8
-    subwarps = 32 // lanes * WARPS
-    row, sums = size + 2, 8 * group
+def make_across(lanes):
+    """The device function that sums over subwarps of so many lanes."""
     steps = tuple(1 << i for i in range(5) if 1 << i < lanes)
 
     @device
     def across(value):
-        """The sum over a subwarp."""
         for step in steps:
             value += shuffle_xor(value, step)
         return value
+
+    return across
+
+
+@device
+def take(query, k, v, inside, g, across, largest, weights, total, softcap):
+    """One key and its value: into the sums of query `g`, in the unit of its largest score."""
+    score = float32(0)
+    for i in range(8):
+        score += query[8 * g + i] * k[i]
+    score = across(score)
+    if softcap > float32(0):
+        score = softcap * tanh_fast(score / softcap)
+    score = score * float32(LOG2E) if inside else float32(LOWEST)
+    most = max(largest[g], score)
+    old, new = exp2(largest[g] - most), exp2(score - most)
+    new = new if inside else float32(0)
+    largest[g], weights[g] = most, weights[g] * old + new
+    for i in range(8):
+        total[8 * g + i] = total[8 * g + i] * old + new * v[i]
+
+
+@device
+def gather(shared, to, row, subwarps, thread):
+    """What all subwarps have put into shared memory, rows of a largest score, a sum and values, as
+    one such row in global memory."""
+    most = float32(LOWEST)
+    for other in range(subwarps):
+        most = max(most, shared_f32(shared + 4 * row * other))
+    for i in range(thread, row, 32 * WARPS):
+        value = float32(0)
+        for other in range(subwarps):
+            its = shared + 4 * row * other
+            value += exp2(shared_f32(its) - most) * shared_f32(its + 4 * i)
+        store_f32(to + 4 * i, most if i == 0 else value)
+
+
+@cache
+def decode_attention(size, group):
+    """The kernel for heads of `size` (D) elements and blocks of `group` queries."""
+    lanes, wide = lanes_of(size), size // 8
+    subwarps, row, sums = 32 // lanes * WARPS, size + 2, 8 * group
+    across = make_across(lanes)
 
     def attend(
         q, keys, values, past, out, q_heads, queries, positions, splits, window, scale, softcap
@@ -73,7 +111,6 @@ def decode_attention(size, group):
         and the values times them. `queries` is G. A window of 0 is none, a softcap of 0 too."""
         split, token = int32(cuda.blockIdx.x), int32(cuda.blockIdx.y)
         first_head, thread = int32(cuda.blockIdx.z) * group, int32(cuda.threadIdx.x)
-        kv_head = first_head // queries
         subwarp, lane = thread // lanes, thread % lanes
         length = int32(load_i64(past)) + token + 1
         start = max(length - window, 0) if window > 0 else 0
@@ -87,33 +124,20 @@ def decode_attention(size, group):
             for i in range(8):
                 query[8 * g + i] = load_f32(at + 4 * i) * scale if lane < wide else float32(0)
                 total[8 * g + i] = float32(0)
-        base = 2 * (int64(kv_head) * positions * size + 8 * min(lane, wide - 1))
+        head = int64(first_head // queries) * positions * size
+        base = 2 * (head + 8 * min(lane, wide - 1))
         # Every subwarp takes as many turns, or lanes would miss each other.
         turns = (max(end - begin, 0) + subwarps - 1) // subwarps
         for turn in range(turns):
             key = begin + turn * subwarps + subwarp
-            inside = key < end
             at = base + 2 * int64(min(key, end - 1)) * size
             k, v = eight(keys + at), eight(values + at)
             for g in range(group):
-                score = float32(0)
-                for i in range(8):
-                    score += query[8 * g + i] * k[i]
-                score = across(score)
-                if softcap > float32(0):
-                    score = softcap * tanh_fast(score / softcap)
-                score = score * float32(LOG2E) if inside else float32(LOWEST)
-                most = max(largest[g], score)
-                old, new = exp2(largest[g] - most), exp2(score - most)
-                new = new if inside else float32(0)
-                largest[g], weights[g] = most, weights[g] * old + new
-                for i in range(8):
-                    total[8 * g + i] = total[8 * g + i] * old + new * v[i]
+                take(query, k, v, key < end, g, across, largest, weights, total, softcap)
         shared = shared_memory()
+        mine = shared + 4 * row * subwarp
         for g in range(group):
-            # Subwarps put their sums into shared memory, one query after the other.
             cuda.syncthreads()
-            mine = shared + 4 * row * subwarp
             if lane == 0:
                 store_shared_f32(mine, largest[g])
                 store_shared_f32(mine + 4, weights[g])
@@ -121,17 +145,8 @@ def decode_attention(size, group):
                 for i in range(8):
                     store_shared_f32(mine + 4 * (2 + 8 * lane + i), total[8 * g + i])
             cuda.syncthreads()
-            most = float32(LOWEST)
-            for other in range(subwarps):
-                most = max(most, shared_f32(shared + 4 * row * other))
-            head = token * q_heads + first_head + g
-            to = out + 4 * (int64(head) * splits + split) * row
-            for i in range(thread, row, 32 * WARPS):
-                value = float32(0)
-                for other in range(subwarps):
-                    its = shared + 4 * row * other
-                    value += exp2(shared_f32(its) - most) * shared_f32(its + 4 * i)
-                store_f32(to + 4 * i, most if i == 0 else value)
+            to = out + 4 * (int64(token * q_heads + first_head + g) * splits + split) * row
+            gather(shared, to, row, subwarps, thread)
 
     return CudaKernel(
         f"decode_attention_{size}_{group}", attend, "aaaaaiiiiiff", threads=32 * WARPS,

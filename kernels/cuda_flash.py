@@ -35,15 +35,105 @@ def sum_of_quad(value):
     return value + shuffle_xor(value, 2)
 
 
+@device
+def load_queries(shared, q, row0, tokens, q_heads, head, factor, queries, size, thread, threads):
+    """Rows of q, times a factor, as halves in shared memory; zeros for what is outside."""
+    pitch = 2 * size + 16
+    for i in range(thread, queries * size, threads):
+        row, column, value = i // size, i % size, float32(0)
+        if row0 + row < tokens:
+            at = q + 4 * (int64((row0 + row) * q_heads + head) * size + column)
+            value = load_f32(at) * factor
+        store_shared_f16(shared + row * pitch + 2 * column, value)
+
+
+def make_products(multiply):
+    """The device functions of a tile's two products."""
+
+    @device
+    def both(a, b, total, o):
+        """Add the products of (16, 16) with two (16, 8) to 8 sums from `o` on."""
+        s = multiply(
+            a[0], a[1], a[2], a[3], b[0], b[1],
+            total[o], total[o + 1], total[o + 2], total[o + 3],
+        )  # fmt: skip
+        t = multiply(
+            a[0], a[1], a[2], a[3], b[2], b[3],
+            total[o + 4], total[o + 5], total[o + 6], total[o + 7],
+        )  # fmt: skip
+        for i in range(4):
+            total[o + i], total[o + 4 + i] = s[i], t[i]
+
+    @device
+    def scores_of(queries, keys, score, deep, across, pitch):
+        """Queries of a warp times the keys of a tile."""
+        for i in range(8 * across):
+            score[i] = float32(0)
+        for d in range(deep):
+            a = load_matrices(queries + 32 * d)
+            for j in range(across):
+                both(a, load_matrices(keys + 16 * j * pitch + 32 * d), score, 8 * j)
+
+    @device
+    def add_values(score, values, total, wide, across, pitch):
+        """Weights of a tile times its values."""
+        for k in range(across):
+            o = 8 * k
+            a = (
+                pack_halves(score[o], score[o + 1]), pack_halves(score[o + 2], score[o + 3]),
+                pack_halves(score[o + 4], score[o + 5]), pack_halves(score[o + 6], score[o + 7]),
+            )  # fmt: skip
+            for j in range(wide):
+                both(a, load_turned_matrices(values + 16 * k * pitch + 32 * j), total, 8 * j)
+
+    return scores_of, add_values
+
+
+@device
+def weigh(score, total, largest, weights, half, position, column, window, softcap, across, wide):
+    """Scores of one of a lane's two rows -> weights, and what was summed so far in their unit."""
+    most = largest[half]
+    for j in range(2 * across):
+        for i in range(2):
+            key, o = column + 8 * j + i, 4 * j + 2 * half + i
+            value = score[o]
+            if softcap > float32(0):
+                value = softcap * tanh_fast(value / softcap) * float32(LOG2E)
+            near = window == 0 or key > position - window
+            value = value if key <= position and near else float32(LOWEST)
+            score[o] = value
+            most = max(most, value)
+    most = of_quad(most)
+    old, summed = exp2(largest[half] - most), float32(0)
+    for j in range(2 * across):
+        for i in range(2):
+            o = 4 * j + 2 * half + i
+            value = float32(0) if score[o] == float32(LOWEST) else exp2(score[o] - most)
+            score[o] = value
+            summed += value
+    largest[half], weights[half] = most, weights[half] * old + summed
+    for j in range(2 * wide):
+        total[4 * j + 2 * half] *= old
+        total[4 * j + 2 * half + 1] *= old
+
+
+@device
+def store_row(y, total, summed, half, wide):
+    """One of a lane's two rows, divided by the sum of its weights."""
+    for j in range(2 * wide):
+        store_f32(y + 32 * j, total[4 * j + 2 * half] / summed)
+        store_f32(y + 32 * j + 4, total[4 * j + 2 * half + 1] / summed)
+
+
 @cache
 def prefill_attention(size, warps=4, tile=64, since=(8, 0)):
     """The kernel for heads of `size` (D) elements, of so many warps and keys at a time."""
     newer = since >= (8, 0)
     copy_tile = copy_rows if newer else make_copy_rows(copy_now)
     commit, wait = (commit_copies, wait_all_copies) if newer else (nothing, nothing)
-    multiply = multiply_16 if newer else multiply_twice
+    scores_of, add_values = make_products(multiply_16 if newer else multiply_twice)
     queries, threads, chunks, pitch = 16 * warps, 32 * warps, size // 8, 2 * size + 16
-    deep, across, wide = size // 16, tile // 16, size // 16
+    across, wide = tile // 16, size // 16
     scores, sums = 8 * across, 8 * wide
     keys_at, values_at = queries * pitch, (queries + tile) * pitch
 
@@ -53,17 +143,9 @@ def prefill_attention(size, warps=4, tile=64, since=(8, 0)):
         thread, head = int32(cuda.threadIdx.x), int32(cuda.blockIdx.y)
         lane, warp, row0 = thread % 32, thread // 32, int32(cuda.blockIdx.x) * queries
         shared, before = shared_memory(), int32(load_i64(past))
-        length = before + tokens
-        cache_row = 2 * int64(head // group) * positions * size
-        unit = float32(1) if softcap > float32(0) else float32(LOG2E)
-        for i in range(thread, queries * size, threads):
-            row, column = i // size, i % size
-            value = float32(0)
-            if row0 + row < tokens:
-                at = q + 4 * (int64((row0 + row) * q_heads + head) * size + column)
-                value = load_f32(at) * scale * unit
-            store_shared_f16(shared + row * pitch + 2 * column, value)
-        cuda.syncthreads()
+        length, cache = before + tokens, 2 * int64(head // group) * positions * size
+        factor = scale if softcap > float32(0) else scale * float32(LOG2E)
+        load_queries(shared, q, row0, tokens, q_heads, head, factor, queries, size, thread, threads)
         total, score = cuda.local.array(sums, float32), cuda.local.array(scores, float32)
         largest, weights = cuda.local.array(2, float32), cuda.local.array(2, float32)
         for i in range(sums):
@@ -71,96 +153,33 @@ def prefill_attention(size, warps=4, tile=64, since=(8, 0)):
         for i in range(2):
             largest[i], weights[i] = float32(LOWEST), float32(0)
         first = before + row0 + 16 * warp + lane // 4  # the position of this lane's upper row
-        stop = min(length, before + row0 + queries)
         start = max(before + row0 + 1 - window, 0) // tile * tile if window > 0 else 0
-        query_lane = (16 * warp + lane % 16) * pitch + 16 * (lane // 16)
-        key_lane = (lane % 8 + 8 * (lane // 16)) * pitch + 16 * (lane // 8 % 2)
-        value_lane = lane % 16 * pitch + 16 * (lane // 16)
-        for key0 in range(start, stop, tile):
+        query_lane = shared + (16 * warp + lane % 16) * pitch + 16 * (lane // 16)
+        key_lane = shared + keys_at + (lane % 8 + 8 * (lane // 16)) * pitch + 16 * (lane // 8 % 2)
+        value_lane = shared + values_at + lane % 16 * pitch + 16 * (lane // 16)
+        for key0 in range(start, min(length, before + row0 + queries), tile):
             cuda.syncthreads()
-            copy_tile(
-                shared + keys_at, keys + cache_row, key0, length, 0, size, tile, chunks, pitch,
-                thread, threads,
-            )  # fmt: skip
-            copy_tile(
-                shared + values_at, values + cache_row, key0, length, 0, size, tile, chunks, pitch,
-                thread, threads,
-            )  # fmt: skip
+            to, source = shared + keys_at, keys + cache
+            copy_tile(to, source, key0, length, 0, size, tile, chunks, pitch, thread, threads)
+            to, source = shared + values_at, values + cache
+            copy_tile(to, source, key0, length, 0, size, tile, chunks, pitch, thread, threads)
             commit()
             wait()
             cuda.syncthreads()
-            for i in range(scores):
-                score[i] = float32(0)
-            for d in range(deep):
-                a = load_matrices(shared + query_lane + 32 * d)
-                for j in range(across):
-                    b = load_matrices(shared + keys_at + key_lane + 16 * j * pitch + 32 * d)
-                    o = 8 * j
-                    s = multiply(
-                        a[0], a[1], a[2], a[3], b[0], b[1],
-                        score[o], score[o + 1], score[o + 2], score[o + 3],
-                    )  # fmt: skip
-                    t = multiply(
-                        a[0], a[1], a[2], a[3], b[2], b[3],
-                        score[o + 4], score[o + 5], score[o + 6], score[o + 7],
-                    )  # fmt: skip
-                    for i in range(4):
-                        score[o + i], score[o + 4 + i] = s[i], t[i]
+            scores_of(query_lane, key_lane, score, wide, across, pitch)
+            column = key0 + 2 * (lane % 4)
             for half in range(2):
-                position, most = first + 8 * half, largest[half]
-                for j in range(2 * across):
-                    for i in range(2):
-                        key, o = key0 + 8 * j + 2 * (lane % 4) + i, 4 * j + 2 * half + i
-                        value = score[o]
-                        if softcap > float32(0):
-                            value = softcap * tanh_fast(value / softcap) * float32(LOG2E)
-                        near = window == 0 or key > position - window
-                        value = value if key <= position and near else float32(LOWEST)
-                        score[o] = value
-                        most = max(most, value)
-                most = of_quad(most)
-                old, summed = exp2(largest[half] - most), float32(0)
-                for j in range(2 * across):
-                    for i in range(2):
-                        o = 4 * j + 2 * half + i
-                        hidden = score[o] == float32(LOWEST)
-                        value = float32(0) if hidden else exp2(score[o] - most)
-                        score[o] = value
-                        summed += value
-                largest[half] = most
-                weights[half] = weights[half] * old + summed
-                for j in range(2 * wide):
-                    total[4 * j + 2 * half] *= old
-                    total[4 * j + 2 * half + 1] *= old
-            for k in range(across):
-                o = 8 * k
-                a0 = pack_halves(score[o], score[o + 1])
-                a1 = pack_halves(score[o + 2], score[o + 3])
-                a2 = pack_halves(score[o + 4], score[o + 5])
-                a3 = pack_halves(score[o + 6], score[o + 7])
-                for j in range(wide):
-                    b = load_turned_matrices(
-                        shared + values_at + value_lane + 16 * k * pitch + 32 * j
-                    )
-                    p = 8 * j
-                    s = multiply(
-                        a0, a1, a2, a3, b[0], b[1],
-                        total[p], total[p + 1], total[p + 2], total[p + 3],
-                    )  # fmt: skip
-                    t = multiply(
-                        a0, a1, a2, a3, b[2], b[3],
-                        total[p + 4], total[p + 5], total[p + 6], total[p + 7],
-                    )  # fmt: skip
-                    for i in range(4):
-                        total[p + i], total[p + 4 + i] = s[i], t[i]
+                weigh(
+                    score, total, largest, weights, half, first + 8 * half, column, window,
+                    softcap, across, wide,
+                )  # fmt: skip
+            add_values(score, value_lane, total, wide, across, pitch)
         for half in range(2):
             summed = sum_of_quad(weights[half])
             row = row0 + 16 * warp + lane // 4 + 8 * half
             if row < tokens:
-                at = y + 4 * (int64(row * q_heads + head) * size + 2 * (lane % 4))
-                for j in range(2 * wide):
-                    store_f32(at + 32 * j, total[4 * j + 2 * half] / summed)
-                    store_f32(at + 32 * j + 4, total[4 * j + 2 * half + 1] / summed)
+                to = y + 4 * (int64(row * q_heads + head) * size + 2 * (lane % 4))
+                store_row(to, total, summed, half, wide)
 
     return CudaKernel(
         f"prefill_attention_{size}_{warps}_{tile}_{since[0]}{since[1]}", attend, "aaaaaiiiiiff",

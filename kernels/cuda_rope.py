@@ -64,7 +64,7 @@ def rows_f16(table, ids, y, rows, k):
 
 @cuda_kernel("aaali", threads=THREADS)
 def rows_f32(table, ids, y, rows, k):
-    """The same of float32."""
+    """table (V, K) float32, ids (T,) int64 -> y (T, K) float32, in the same way."""
     i = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
     if i < k:
         token = int64(cuda.blockIdx.y)

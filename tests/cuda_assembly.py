@@ -11,7 +11,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from onnxstream_nb.kernels.cuda_kernel import CUDA_KERNELS
+from onnxstream_nb.kernels.cuda_kernel import CudaKernel
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0))
 
@@ -51,9 +51,9 @@ def can_assemble() -> bool:
     return bool(find_spec("numba_cuda") and tool("ptxas") and tool("nvdisasm"))
 
 
-def assembly(name: str, capability: tuple[int, int]) -> Assembly:
+def assembly(kernel: CudaKernel, capability: tuple[int, int]) -> Assembly:
     """The machine code of a kernel."""
-    ptx = CUDA_KERNELS[name].ptx(capability)
+    ptx = kernel.ptx(capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
         source.write_text(ptx)
