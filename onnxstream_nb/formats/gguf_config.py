@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UnsupportedError
+from ..errors import ModelError, UnsupportedError
 from .architectures import GGUF_ARCHITECTURES, Architecture
 from .decoder_config import DecoderConfig, Layer, check_layers
 from .gguf_fields import Fields
 from .gguf_header import Header
-from .gguf_rope import read_rotary
+from .gguf_rope import read_local_rotary, read_rotary
 
 _BIASES: Mapping[str, tuple[str, ...]] = {
     "qkv": ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
@@ -31,6 +31,7 @@ def read_config(source: Header, architecture: str) -> DecoderConfig:
     layers = check_layers(source.path, fields.integer("block_count"))
     hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count")
     head_dim, context = _head_dim(fields, hidden // heads), fields.integer("context_length")
+    found = _layers(source, fields, kind, layers, head_dim, context)
     embedding = tensors.get("token_embd.weight")
     return DecoderConfig(
         path=source.path,
@@ -43,13 +44,16 @@ def read_config(source: Header, architecture: str) -> DecoderConfig:
         heads=heads,
         kv_heads=fields.integer("attention.head_count_kv", heads),
         head_dim=head_dim,
-        context_length=context,
+        context_length=min(layer.rotary.limit or context for layer in found),
         epsilon=fields.number(epsilon),
-        layers=_layers(source, fields, kind, layers, head_dim, context),
+        layers=found,
         activation=kind.activation,
         interleaved=kind.gguf_interleaved,
         biases=kind.biases | {p for p, names in _BIASES.items() if tensors.keys() & set(names)},
         fused=_fused(source, kind),
+        query_size=kind.gguf_query_sizes.get(layers, head_dim),
+        attention_softcap=_softcap(fields, kind, "attn_logit_softcapping"),
+        logit_softcap=_softcap(fields, kind, "final_logit_softcapping"),
         tied="output.weight" not in tensors,
         eos_token_ids=_eos_token_ids(source.metadata),
     )
@@ -75,16 +79,48 @@ def _fused(source: Header, kind: Architecture) -> frozenset[str]:
     return (kind.fused - {"self_attn.qkv_proj"}) | together
 
 
+def _softcap(fields: Fields, kind: Architecture, name: str) -> float:
+    """By the metadata or else the entry; 0 where there is none."""
+    if name not in kind.gguf_fields or (fields.raw(name) is None and name not in kind.defaults):
+        return 0.0
+    return fields.number(name, kind.defaults.get(name))
+
+
 def _layers(
     source: Header, fields: Fields, kind: Architecture, count: int, head_dim: int, context: int
 ) -> tuple[Layer, ...]:
     """The layers in order; a window that holds the whole context is none."""
-    rotary = read_rotary(source, fields, head_dim, context)
-    window = fields.get("attention.sliding_window") or None
-    if window is not None:
-        window = fields.integer("attention.sliding_window")
-        window = window if window < context else None
-    return (Layer(rotary, window),) * count
+    rotary = local = read_rotary(source, fields, head_dim, context)
+    if kind.has_local_rope:
+        theta = kind.defaults["rope_local_base_freq"]
+        local = read_local_rotary(fields, theta, 2 * len(rotary.frequencies), context)
+    window = _window(fields, kind)
+    shown = window if window is not None and window < context else None
+    slides = _slides(fields, kind, count) if window is not None else [False] * count
+    return tuple(Layer(local, shown) if s else Layer(rotary) for s in slides)
+
+
+def _window(fields: Fields, kind: Architecture) -> int | None:
+    """That of layers which have one; 0 stands for none."""
+    window = fields.get("attention.sliding_window")
+    if window is None and "use_sliding_window" not in kind.defaults:
+        window = kind.defaults.get("sliding_window")
+    return fields.integer("attention.sliding_window", window) if window else None
+
+
+def _slides(fields: Fields, kind: Architecture, count: int) -> list[bool]:
+    """Which layers have a window: all, all but the last of every so many, or those listed."""
+    pattern = fields.raw("attention.sliding_window_pattern")
+    if pattern is None:
+        pattern = kind.defaults.get("sliding_window_pattern", 0)
+    if isinstance(pattern, list) and len(pattern) == count:
+        return [bool(slides) for slides in pattern]
+    if not isinstance(pattern, int) or isinstance(pattern, bool) or pattern < 0:
+        raise ModelError(
+            f"{fields.path}: metadata {fields.prefix}attention.sliding_window_pattern = "
+            f"{pattern!r} is neither a number of layers nor a list of {count}"
+        )
+    return [pattern == 0 or (i + 1) % pattern != 0 for i in range(count)]
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The metadata of a language model in a GGUF file, each value checked for its type as it is read."""
+"""The metadata of a language model in a GGUF file, each value checked for its type."""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ def read_config(folder: Path) -> DecoderConfig:
     heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
     head_dim = fields.integer("head_dim", hidden // heads)
     context = fields.integer("max_position_embeddings")
+    layers = read_layers(fields, kind, head_dim, context)
     return DecoderConfig(
         path=path,
         architecture=name.removesuffix("ForCausalLM").lower(),
@@ -57,13 +58,16 @@ def read_config(folder: Path) -> DecoderConfig:
         heads=heads,
         kv_heads=fields.integer("num_key_value_heads", heads),
         head_dim=head_dim,
-        context_length=context,
+        context_length=min(layer.rotary.limit or context for layer in layers),
         epsilon=fields.number(_epsilon(kind)),
-        layers=tuple(read_layers(fields, kind, head_dim, context)),
+        layers=layers,
         activation=_activation(fields, kind),
         biases=_biases(fields, kind),
         fused=kind.fused,
         shifted=kind.shifted,
+        query_size=fields.number("query_pre_attn_scalar", head_dim),
+        attention_softcap=fields.optional("attn_logit_softcapping"),
+        logit_softcap=fields.optional("final_logit_softcapping"),
         tied=fields.flag("tie_word_embeddings"),
         eos_token_ids=_eos_token_ids(folder, fields),
     )
@@ -89,7 +93,8 @@ def _check_known(fields: Fields, kind: Architecture, name: str) -> None:
     for field, value in fields.explicit.items():
         empty = value is False or (isinstance(value, str | list | dict) and not value)
         neutral = field in kind.neutral and kind.neutral[field] == value
-        if field not in known and not empty and not neutral:
+        copied = field in kind.copies and fields.values.get(kind.copies[field]) == value
+        if not (field in known or empty or neutral or copied):
             raise UnsupportedError(
                 f"{fields.path}: the field '{field}' = {value!r} is not known for {name} and may "
                 "change the results"
@@ -111,7 +116,8 @@ def _activation(fields: Fields, kind: Architecture) -> Activation:
 
 def _biases(fields: Fields, kind: Architecture) -> frozenset[str]:
     attention = {"qkv", "output"} if fields.flag("attention_bias") else set()
-    return kind.biases | attention | ({"mlp"} if fields.flag("mlp_bias") else set())
+    queries = {"qkv"} if fields.flag("use_qkv_bias") else set()
+    return kind.biases | attention | queries | ({"mlp"} if fields.flag("mlp_bias") else set())
 
 
 def _eos_token_ids(folder: Path, fields: Fields) -> tuple[int, ...]:

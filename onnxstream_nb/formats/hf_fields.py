@@ -38,6 +38,10 @@ class Fields:
             raise self.error(name, "a positive number")
         return float(value)
 
+    def optional(self, name: str) -> float:
+        """A positive number, or 0 where there is none."""
+        return self.number(name) if name in self.values else 0.0
+
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.values.get(name, default)
         if not isinstance(value, bool):

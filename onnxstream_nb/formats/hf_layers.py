@@ -13,7 +13,9 @@ from .rope import Rotary, rotary
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def read_layers(fields: Fields, kind: Architecture, head_dim: int, context: int) -> list[Layer]:
+def read_layers(
+    fields: Fields, kind: Architecture, head_dim: int, context: int
+) -> tuple[Layer, ...]:
     """The layers in order; a window that holds the whole `context` is none."""
     count = check_layers(fields.path, fields.integer("num_hidden_layers"))
     window = _window(fields, kind)
@@ -21,7 +23,8 @@ def read_layers(fields: Fields, kind: Architecture, head_dim: int, context: int)
     windows: dict[str, int | None] = {FULL: None}
     if window is not None:
         windows[SLIDING] = window if window < context else None
-    return [Layer(rotaries[k], windows[k]) for k in _layer_types(fields, window, count, windows)]
+    kinds = _layer_types(fields, window, count, windows)
+    return tuple(Layer(rotaries[k], windows[k]) for k in kinds)
 
 
 def _window(fields: Fields, kind: Architecture) -> int | None:
@@ -67,22 +70,71 @@ def _rotaries(fields: Fields, kind: Architecture, head_dim: int, context: int) -
     """Layer type -> its rotation."""
     if head_dim % 2:
         raise ModelError(f"{fields.path}: the head size {head_dim} is odd")
-    parameters = _parameters(fields)
     where = f"{fields.path}: rope_parameters"
-    both = rotary(parameters, head_dim, context, where)
-    return {FULL: both, SLIDING: both}
+    found = {}
+    for layer_type, given in _parameters(fields, kind).items():
+        parameters = {"rope_theta": kind.defaults.get("rope_theta"), **given}
+        dim = _rotated_size(fields, kind, parameters, head_dim)
+        found[layer_type] = rotary(parameters, dim, context, where)
+    return found
 
 
-def _parameters(fields: Fields) -> dict[str, Any]:
-    """Rotary parameters, today in `rope_parameters`, formerly in `rope_theta`, `rope_scaling`."""
+def _parameters(fields: Fields, kind: Architecture) -> dict[str, dict[str, Any]]:
+    """Rotary parameters by layer type, today all in `rope_parameters`, formerly in `rope_theta`,
+    `rope_scaling` and, of layers with a window, `rope_local_base_freq`."""
+    older, today = _theta(fields, "rope_theta"), fields.mapping("rope_parameters")
+    scaling = ("rope_scaling", fields.mapping("rope_scaling"))
+    if not kind.has_local_rope:
+        both = _merged(fields, older, scaling, ("rope_parameters", today))
+        return {FULL: both, SLIDING: both}
+    for name, value in today.items():
+        if name not in (FULL, SLIDING) or not isinstance(value, dict):
+            raise UnsupportedError(
+                f"{fields.path}: rope_parameters: field '{name}' = {value!r} is not known; it "
+                f"should hold an object for each of {FULL} and {SLIDING}"
+            )
+    full, local = (("rope_parameters", today.get(name, {})) for name in (FULL, SLIDING))
+    theta = {"rope_theta": fields.values["rope_local_base_freq"]}
+    return {
+        FULL: _merged(fields, older, scaling, full),
+        SLIDING: {**theta, **_merged(fields, _theta(fields, "rope_local_base_freq"), local)},
+    }
+
+
+def _theta(fields: Fields, name: str) -> tuple[str, dict[str, Any]]:
+    return name, {"rope_theta": fields.explicit[name]} if name in fields.explicit else {}
+
+
+def _merged(fields: Fields, *sources: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """What several fields say of the same rotation, which must agree."""
     parameters: dict[str, Any] = {}
-    if "rope_theta" in fields.explicit:
-        parameters["rope_theta"] = fields.explicit["rope_theta"]
-    for name in ("rope_scaling", "rope_parameters"):
-        for key, value in fields.mapping(name).items():
+    for name, values in sources:
+        for key, value in values.items():
             if parameters.setdefault(key, value) != value:
                 raise ModelError(
                     f"{fields.path}: {name}.{key} = {value!r} contradicts {parameters[key]!r} "
                     "given elsewhere in the file"
                 )
     return parameters
+
+
+def _rotated_size(
+    fields: Fields, kind: Architecture, parameters: dict[str, Any], head_dim: int
+) -> int:
+    """How much of a head rotates, by a field that is taken from the parameters; so is that of the
+    context that a stretched model was trained with."""
+    if "original_max_position_embeddings" in kind.fields and "long_factor" in parameters:
+        trained = fields.integer("original_max_position_embeddings")
+        parameters.setdefault("original_max_position_embeddings", trained)
+    if "partial_rotary_factor" not in kind.fields:
+        return head_dim
+    default = fields.values.get("partial_rotary_factor", 1.0)
+    factor = parameters.pop("partial_rotary_factor", default)
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    dim = int(head_dim * factor) if is_number and 0 < factor <= 1 else 0
+    if dim < 2 or dim % 2:
+        raise ModelError(
+            f"{fields.path}: partial_rotary_factor = {factor!r} of the head size {head_dim} is no "
+            "even number of elements"
+        )
+    return dim
