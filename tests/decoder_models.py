@@ -267,7 +267,7 @@ def _joined(tensors: Stored) -> Stored:
 def _named(kind: str, tensors: Stored) -> Stored:
     """The tensors by GGUF's names; those of joined ones are known of some architectures only."""
     names = {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}
-    tables = [gguf.get_tensor_name_map(arch, 8) for arch in (names[kind], gguf.MODEL_ARCH.PHI3)]
+    tables = [gguf.get_tensor_name_map(arch, 64) for arch in (names[kind], gguf.MODEL_ARCH.PHI3)]
     result: Stored = {}
     for name, stored in tensors.items():
         found = [t.get_name(name, try_suffixes=(".weight", ".bias")) for t in tables]

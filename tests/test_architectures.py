@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from decoder_models import CONFIGS, write_gguf, write_hf
-from decoder_oracle import logits
+from decoder_oracle import Array, logits
 from llama_oracle import close, run_in_steps
 
 from onnxstream_nb.formats import gguf, safetensors
+from onnxstream_nb.llm import LanguageModel
+from onnxstream_nb.lowering import _Host
 
 IDS = [1, 5, 9, 63, 0, 7, 7, 30, 22, 11]
 STEPS = [6, 1, 3]
@@ -31,3 +34,36 @@ def test_gguf_computes_what_its_weights_say(
     weights = write_gguf(tmp_path / "m.gguf", CONFIGS[case], encoding, fused=fused)
     graph = gguf.read(tmp_path / "m.gguf")
     close(run_in_steps(graph, IDS, STEPS), logits(CONFIGS[case], weights, IDS))
+
+
+# -- run by the engine
+
+
+def generated(path: Path, threads: int) -> tuple[Array, LanguageModel]:
+    """Logits (T, vocabulary) of IDS, read as a prompt and then token by token."""
+    model = LanguageModel(path, threads=threads, precision="exact")
+    rows = [model.feed(IDS[:4]).copy()]
+    rows += [model.feed([token]).copy() for token in IDS[4:]]
+    return np.stack(rows), model
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", CONFIGS)
+def test_tokens_one_by_one_over_a_cache(tmp_path: Path, case: str, threads: int) -> None:
+    weights = write_hf(tmp_path, CONFIGS[case])
+    rows, model = generated(tmp_path, threads)
+    wanted = logits(CONFIGS[case], weights, IDS)[3:]
+    assert np.abs(rows - wanted).max() <= 5e-3 * np.abs(wanted).max()  # the cache has 11 bits
+    replay = model.session._replay
+    assert replay is not None and replay.lowered
+    model.close()
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_layers_of_a_token_are_tables(tmp_path: Path, case: str) -> None:
+    """Python runs what becomes of positions and the embedding, and nothing of the layers."""
+    write_hf(tmp_path, CONFIGS[case])
+    _, model = generated(tmp_path, 1)
+    hosts = [part.step.node for part in model.session._replay._parts if isinstance(part, _Host)]
+    assert {node.op_type for node in hosts} <= {"Gather", "Cast", "Cos", "Sin"}
+    model.close()

@@ -94,7 +94,7 @@ def _parameters(fields: Fields, kind: Architecture) -> dict[str, dict[str, Any]]
                 f"should hold an object for each of {FULL} and {SLIDING}"
             )
     full, local = (("rope_parameters", today.get(name, {})) for name in (FULL, SLIDING))
-    theta = {"rope_theta": fields.values["rope_local_base_freq"]}
+    theta = {"rope_theta": kind.defaults["rope_local_base_freq"]}
     return {
         FULL: _merged(fields, older, scaling, full),
         SLIDING: {**theta, **_merged(fields, _theta(fields, "rope_local_base_freq"), local)},
