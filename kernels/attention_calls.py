@@ -4,19 +4,49 @@ Dims: B batch, H query heads, KV key/value heads, G = H / KV, T queries, S keys 
 size of queries and keys, E size of values.
 """
 
+from functools import lru_cache
+
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from ..errors import UnsupportedError
 from .buffers import contiguous, empty
 from .cache import AT, NEW_K, NEW_K_TOKEN, NEW_V, NEW_V_TOKEN, cache_append
-from .decode_attention import attention_decode, partial_bytes
+from .decode_attention import MASK, attention_decode, partial_bytes
 from .decode_attention import scratch_bytes as decode_scratch_bytes
 from .flash import BEFORE, BYTE, CAUSAL, HALF
 from .flash_bf16 import BY_PRECISION
 from .lowered import FEW_ROWS, Rows
 from .threads import precision, team
 
+NONE = np.float32(-np.inf)
 HIDDEN = np.float32(-6e4)  # of a mask, as minus infinity: exports write float16's least number
+
+
+def window_mask(before, queries, keys, left):
+    """The additive mask (1, 1, T, S) of queries that `before` keys come before, and which see
+    themselves and `left` keys before them: rows of one band, each a place further back."""
+    band = np.full(keys + queries - 1, NONE)
+    last = before + queries
+    band[max(0, last - 1 - left) : last] = 0
+    return as_strided(band[queries - 1 :], (1, 1, queries, keys), (0, 0, -4, 4), writeable=False)
+
+
+def with_window(rows, capacity, left):
+    """The rows of one token over a cache of so much `capacity`, which sees itself and `left` keys
+    before it, at this position and at those after it."""
+    ((function, *arguments),) = rows.calls
+    count = arguments[AT] + 1
+    band = _band(capacity, left + 1)
+    arguments[MASK] = band.ctypes.data + 4 * (capacity - count + left + 1)
+    growth = (*rows.growth, (0, MASK, -4))
+    return Rows(rows.outputs, [(function, *arguments)], growth, keep=(*rows.keep, band))
+
+
+@lru_cache(maxsize=4)
+def _band(capacity, window):
+    """Nothing for as many keys as there may be, then 0 for a window: it moves over the keys."""
+    return np.concatenate([np.full(capacity, NONE), np.zeros(window, np.float32)])
 
 
 def _mask_view(mask, shape):
