@@ -13,6 +13,7 @@ from llama_oracle import close, run_in_steps
 from onnxstream_nb.formats import gguf, safetensors
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.lowering import _Host
+from onnxstream_nb.passes import LOGIT_ROWS
 
 IDS = [1, 5, 9, 63, 0, 7, 7, 30, 22, 11]
 STEPS = [6, 1, 3]
@@ -66,4 +67,26 @@ def test_layers_of_a_token_are_tables(tmp_path: Path, case: str) -> None:
     _, model = generated(tmp_path, 1)
     hosts = [part.step.node for part in model.session._replay._parts if isinstance(part, _Host)]
     assert {node.op_type for node in hosts} <= {"Gather", "Cast", "Cos", "Sin"}
+    model.close()
+
+
+@pytest.mark.parametrize("encoding", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("case", ["gemma2", "phi"])
+def test_rows_of_a_fused_matrix_are_those_of_their_own(
+    tmp_path: Path, case: str, encoding: str
+) -> None:
+    results = []
+    for fused in (False, True):
+        write_gguf(tmp_path / "m.gguf", CONFIGS[case], encoding, fused=fused)
+        rows, model = generated(tmp_path / "m.gguf", 2)
+        model.close()
+        results.append(rows)
+    np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_prompt_needs_logits_of_its_last_position_only(tmp_path: Path, case: str) -> None:
+    write_hf(tmp_path, CONFIGS[case])
+    model = LanguageModel(tmp_path, threads=1)
+    assert LOGIT_ROWS in {value.name for value in model.graph.inputs}
     model.close()
