@@ -10,7 +10,8 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .attention_calls import NONE, cached_rows, prompt_rows, window_mask, with_window
+from .attention_calls import cached_rows, prompt_rows, window_mask, with_window
+from .attention_softmax import NONE
 from .buffers import contiguous, empty
 from .flash import BEFORE, CAUSAL
 from .lowered import plain

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..errors import UnsupportedError
+from .attention_softmax import NONE
 from .buffers import contiguous, empty
 from .cache import AT, NEW_K, NEW_K_TOKEN, NEW_V, NEW_V_TOKEN, cache_append
 from .decode_attention import MASK, attention_decode, partial_bytes
@@ -19,7 +20,6 @@ from .flash_bf16 import BY_PRECISION
 from .lowered import FEW_ROWS, Rows
 from .threads import precision, team
 
-NONE = np.float32(-np.inf)
 HIDDEN = np.float32(-6e4)  # of a mask, as minus infinity: exports write float16's least number
 
 

@@ -18,7 +18,7 @@ from onnxstream_nb.lowering import _Host
 from onnxstream_nb.passes import optimize, rewrite_windows
 
 IDS = [3, 17, 5, 40, 2, 9, 11]
-TINY = Tiny(window=5, context=256)
+TINY = Tiny(window=5, context=512)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_replayed_tokens_equal_plain_ones(path: Path, threads: int, kv_cache: st
     fast.rewind(0)
     for model in (fast, slow):
         model.feed(IDS)
-    for i in range(100):
+    for i in range(300):  # until whole blocks of keys are hidden
         np.testing.assert_array_equal(fast.feed([i % 60]), slow.feed([i % 60]))
     for model in (fast, slow):
         model.rewind(3)
@@ -122,6 +122,18 @@ def test_replayed_tokens_equal_plain_ones(path: Path, threads: int, kv_cache: st
     assert fast.session._replay is recorded
     for model in (fast, slow):
         model.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tokens_far_behind_the_window(tmp_path: Path, threads: int) -> None:
+    weights = write_gguf(tmp_path / "tiny.gguf", TINY)
+    ids = [7 * i % 60 for i in range(300)]
+    model = LanguageModel(tmp_path / "tiny.gguf", threads=threads, precision="exact")
+    model.feed(ids[:290])
+    rows = np.stack([model.feed([token]).copy() for token in ids[290:]])
+    wanted = logits(TINY, weights, ids)[290:]
+    assert np.abs(rows - wanted).max() <= 2e-3 * np.abs(wanted).max()  # the cache has 11 bits
+    model.close()
 
 
 def test_tokens_forget_what_the_window_has_left(path: Path) -> None:
