@@ -5,12 +5,13 @@ queries and keys, E size of values. Results are float32 inside, of Q's type outs
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .attention_calls import cached_rows, prompt_rows, window_mask, with_window
+from .attention_calls import cached_rows, prompt_rows, window_mask
 from .attention_softmax import NONE
 from .buffers import contiguous, empty
 from .flash import BEFORE, CAUSAL
@@ -92,15 +93,12 @@ def lower_attention(
     tokens = getattr(past_key, "tokens", 0)
     if not tokens or past_key.on_disk or attn_mask is not None or q.ndim != 3:
         return None
-    if left_window_size >= 0 and (tokens > 1 or hasattr(past_key, "parts")):
-        return None
     if n_outputs > 3 or not q.shape[1] == k.shape[1] == tokens or not plain(q, k, v):
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
-    rows = cached_rows(*heads, past_key, past_value, None, scale, softcap, is_causal)
-    if left_window_size >= 0:
-        rows = with_window(rows, past_key.capacity, left_window_size)
+    options = scale, softcap, is_causal, left_window_size
+    rows = cached_rows(*heads, past_key, past_value, None, *options)
     y = rows.outputs[0].reshape(1, tokens, -1)
     presents = [slot.advanced(slot.shape[2] + tokens) for slot in (past_key, past_value)]
     rows.outputs = (y, *presents)[:n_outputs]
@@ -168,15 +166,19 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     before = 0 if past_key is None else past_key.shape[2]
     count = before + k.shape[2]
     mask = None if mask is None else _additive(mask, count)
+    is_slot, behind = hasattr(past_key, "reserve"), -1
     if left >= 0 and is_causal and lengths is None and right < 0 and n_outputs <= 3:
-        limits = window_mask(before, q.shape[2], count, left)
-        mask, is_causal = limits if mask is None else mask + limits, 0
+        if mask is None and is_slot and not past_key.on_disk:
+            behind = left
+        else:
+            limits = window_mask(before, q.shape[2], count, left)
+            mask, is_causal = limits if mask is None else mask + limits, 0
     elif lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
         first = before if lengths is None else np.asarray(lengths) - q.shape[2]
         limits = _limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
         mask, is_causal = limits if mask is None else mask + limits, 0
-    if past_key is not None and not isinstance(past_key, np.ndarray):
-        rows = spilled_rows if past_key.on_disk else cached_rows
+    if is_slot:
+        rows = spilled_rows if past_key.on_disk else partial(cached_rows, left=behind)
         y = rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
         present_key, present_value = past_key.advanced(count), past_value.advanced(count)
     else:
