@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from .. import __version__
 from ..device import disk_free, format_size
@@ -48,7 +48,7 @@ class OutputFile:
 
     def write(self, data: Data) -> None:
         """Append bytes, which must not change afterwards: they may be written later."""
-        view = memoryview(data).cast("B")
+        view = memoryview(cast(Any, data)).cast("B")
         self.size += len(view)
         self._waiting.append((self._pool.submit(self._append, view), len(view)))
         self._in_flight += len(view)
