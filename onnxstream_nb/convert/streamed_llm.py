@@ -67,10 +67,14 @@ def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
         inputs, outputs = (tuple(every.get(v, v) for v in vs) for vs in (n.inputs, n.outputs))
         return replace(n, inputs=inputs, outputs=outputs)
 
+    def weight(r: WeightRef) -> WeightRef:
+        return replace(r, name=every.get(r.name, r.name)) if r.name in every else r
+
     return graph.with_(
         nodes=tuple(map(node, graph.nodes)),
         inputs=tuple(map(value, graph.inputs)),
         outputs=tuple(map(value, graph.outputs)),
+        initializers={every.get(n, n): weight(r) for n, r in graph.initializers.items()},
     )
 
 

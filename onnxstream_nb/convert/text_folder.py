@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
-from .. import formats
+import onnx
+
 from ..errors import UnsupportedError
 from ..formats.onnx_write import to_model_proto
+from ..formats.onnxstream import ALWAYS_OUTPUT
 from ..formats.onnxstream_write import Contents, write
 from ..formats.sink import Folder
 from ..graph import Graph, Node, Value
@@ -16,7 +19,7 @@ from ..passes.rewriting import remove_dead
 from ..progress import Report
 from .draft import Draft
 from .opset14 import storable
-from .streamed_llm import streamed
+from .streamed_llm import renamed, streamed
 
 _LARGE = 1 << 16  # elements of an initializer that no shape depends on
 
@@ -37,22 +40,65 @@ def write_text_folder(draft: Draft, folder: Folder, report: Report, *, dtype: st
 
 
 def with_own_outputs(graph: Graph) -> Graph:
-    """The graph with outputs that no node reads: the text knows them by that alone.
+    """The graph with outputs that a node makes and none reads: the text knows them by that alone.
 
-    An output that is used as well, is an input or a constant, becomes a copy. The cache's outputs
-    and logits are known by their names.
+    Any other becomes a copy: under its own name, but NAME.copy where the output is an input. The
+    cache's outputs and logits are known by their names.
     """
     read = {i for n in graph.nodes for i in n.inputs}
-    computed = graph.producers()
-    copied = [o for o in graph.outputs if o.name not in computed or _is_hidden(o.name, read)]
-    if not copied:
+    computed, inputs = graph.producers(), {i.name for i in graph.inputs}
+    shared = [
+        o.name
+        for o in graph.outputs
+        if o.name not in computed or (o.name in read and not ALWAYS_OUTPUT.fullmatch(o.name))
+    ]
+    if not shared:
         return graph
-    inner = {o.name: f"{o.name}.inner" for o in copied if o.name in computed}
-    nodes = [_with_names(n, inner) for n in graph.nodes]
-    nodes += [_copy(o, inner.get(o.name, o.name)) for o in copied]
-    clash = {o.name: f"{o.name}.copy" for o in copied if o.name not in computed}
-    nodes = [_with_outputs(n, clash) if n in nodes[-len(copied) :] else n for n in nodes]
-    outputs = tuple(
-        Value(clash.get(o.name, o.name), o.dtype, o.shape) for o in graph.outputs
-    )
-    return graph.with_(nodes=tuple(nodes), outputs=outputs)
+    inner = {name: f"{name}.inner" for name in shared if name not in inputs}
+    copies = {name: f"{name}.copy" for name in shared if name in inputs}
+    graph = renamed(graph, inner)
+    made = [
+        Node("Concat", (inner.get(n, n),), (copies.get(n, n),), {"axis": 0}, f"{n}.copy")
+        for n in shared
+    ]
+    names = {new: old for old, new in inner.items()} | copies
+    outputs = (replace(o, name=names.get(o.name, o.name)) for o in graph.outputs)
+    return graph.with_(nodes=(*graph.nodes, *made), outputs=tuple(outputs))
+
+
+def known_dims(graph: Graph, read: Read) -> Callable[[str], Dims | None]:
+    """What tells the sizes of a value, 0 where they are open; None where not even its rank is."""
+    facts = Facts(graph, read)
+    inferred = _inferred(graph, read)
+    declared = {v.name: v for v in graph.outputs}
+
+    def dims(name: str) -> Dims | None:
+        shape = facts.shape(name)
+        own = None if shape is None else tuple(s if isinstance(s, int) else 0 for s in shape)
+        other = inferred.get(name)
+        if own is None or other is None or len(own) != len(other):
+            own = other if own is None else own
+        else:
+            own = tuple(a or b for a, b in zip(own, other, strict=True))
+        if own is None and name in declared:
+            raise UnsupportedError(
+                f"output {name!r}: its number of dimensions is not known; export the model anew "
+                "with the shapes of its outputs"
+            )
+        return own
+
+    return dims
+
+
+def _inferred(graph: Graph, read: Read) -> dict[str, Dims]:
+    """What onnx's own inference finds, of convolutions above all."""
+    large = {n: r for n, r in graph.initializers.items() if prod(r.shape) > _LARGE}
+    small = {n: r for n, r in graph.initializers.items() if n not in large}
+    inputs = (*graph.inputs, *(Value(n, r.dtype, r.shape) for n, r in large.items()))
+    model = to_model_proto(graph.with_(inputs=inputs, initializers=small), read)
+    values = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    return {
+        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in (*values.value_info, *values.output)
+        if value.type.tensor_type.HasField("shape")
+    }
