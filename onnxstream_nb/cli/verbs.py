@@ -190,6 +190,8 @@ INSPECT = (
     ),
     LOADING[-1], JSON,
 )  # fmt: skip
+OUT = Option(("-o", "--out"), "what to write", text, "OUT", required=True)
+OVERWRITE = Option(("--overwrite",), "replace what exists under that name", truth, default=False)
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -217,6 +219,12 @@ VERBS: Mapping[str, Verb] = {
         "required",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        (OUT, OVERWRITE),
+        "required",
+    ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
     "show": Verb("cli.report:show", "what is known about a model", (JSON,), "required"),
