@@ -178,11 +178,12 @@ def test_llamas_tokenizer_json_gives_llamas_vocabulary(tmp_path: Path) -> None:
     words = [
         i
         for i, p in enumerate(pieces)
-        if any(p.text[:n] in known and p.text[n:] in known for n in range(1, len(p.text)))
+        if -1e9 < p.score < 0  # runs of spaces share a score
+        and any(p.text[:n] in known and p.text[n:] in known for n in range(1, len(p.text)))
     ]
-    assert sorted(words, key=lambda i: written[i].score) == sorted(
-        words, key=lambda i: pieces[i].score
-    )
+    assert len(words) > 25000
+    ranks = [sorted(words, key=lambda i: vocabulary[i].score) for vocabulary in (written, pieces)]
+    assert ranks[0] == ranks[1]
     read, original = load_tokenizer(tmp_path / "vocab.txt"), load_tokenizer(source)
     for line in TEXT.splitlines()[:50]:
         assert read.encode(line) == original.encode(line)

@@ -209,6 +209,7 @@ def _check(file: Path, name: str, data: bytes) -> None:
 def _probes(tokenizer: Tokenizer, size: int) -> Iterator[str]:
     """Texts of all kinds: some written here, others from tokens of the vocabulary at random."""
     yield from _TEXTS
+    yield from (f"{' ' * n}a{' ' * n}" for n in range(1, 40))
     rng = random.Random(0)
     ordinary = [i for i in range(min(size, tokenizer.vocab_size)) if i not in tokenizer.special_ids]
     for _ in range(_PROBES):
