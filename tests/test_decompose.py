@@ -163,8 +163,8 @@ def test_shape_of_some_axes(window: dict[str, int]) -> None:
         ([("ReduceMean", "x a", "y", {"keepdims": 1})], {"a": np.array([-1])}),
         ([("ReduceMax", "x a", "y", {"keepdims": 0})], {"a": np.array([1, 2])}),
         ([("ReduceSum", "x a", "y")], {"a": np.array([2])}),
-        ([("Split", "x", "p q", {"axis": 2, "num_outputs": 2}), ("Concat", "q p", "y", {"axis": 2})],
-         {}),
+        ([("Split", "x", "p q", {"axis": 2, "num_outputs": 2}),
+          ("Concat", "q p", "y", {"axis": 2})], {}),
         ([("Split", "x s", "p q y", {"axis": -1})], {"s": np.array([1, 2, 4])}),
     ],
 )  # fmt: skip
