@@ -68,10 +68,12 @@ def convert(
     source_bytes = _stored(draft.graph)
     for step in steps:
         draft = step(draft)
-    single = onnx_folder.MODEL if _is_file(out) else ""
+    single, note = onnx_folder.MODEL if _is_file(out) else "", ""
     with output_folder(out, overwrite=overwrite, single=single, source=source) as folder:
-        note = "" if single else _carry(source, draft.graph, folder, to)
+        if not single:
+            carry.tokenizer(source, draft.graph, folder)
         if to == "onnxstream":
+            note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
@@ -102,20 +104,12 @@ def _stored(graph: Graph) -> int:
     return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
 
 
-def _carry(source: Path, graph: Graph, folder: OutputFolder, to: str) -> str:
-    """Put a language model's tokenizer into its folder; a remark, or nothing to say."""
-    if not any(value.name == "input_ids" for value in graph.inputs):
-        return ""
-    carry.tokenizer(source, folder)
-    return carry.text_vocabulary(source, folder) if to == "onnxstream" else ""
-
-
 def _write_onnx(
     draft: Draft, dtype: str | None, folder: OutputFolder, report: Report, shard_bytes: int | None
 ) -> int:
     """Write model.onnx, its weights inside unless there is a size of shards; their bytes."""
     draft = ties.share(draft)
-    draft = _in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
+    draft = in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
     if shard_bytes is None:
         onnx_folder.write_file(draft.graph, draft.raw, folder, report)
     else:
@@ -123,7 +117,7 @@ def _write_onnx(
     return onnx_folder.weight_bytes(draft.graph)
 
 
-def _in_order(draft: Draft) -> Draft:
+def in_order(draft: Draft) -> Draft:
     """Weights in the order in which a run needs them, and so they will lie in the files."""
     known = draft.graph.initializers
     names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)
