@@ -92,9 +92,10 @@ def test_one_file(tmp_path: Path) -> None:
     assert written.files == {"out.onnx": (tmp_path / "out.onnx").stat().st_size}
     model = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert model.SerializeToString() == onnx.ModelProto.FromString(
-        (tmp_path / "out.onnx").read_bytes()
-    ).SerializeToString()
+    assert (
+        model.SerializeToString()
+        == onnx.ModelProto.FromString((tmp_path / "out.onnx").read_bytes()).SerializeToString()
+    )
     same(ours(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"), 1e-6)
     same(theirs(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"))
 
@@ -111,7 +112,8 @@ def test_one_file_of_more_than_protobuf_holds(tmp_path: Path) -> None:
     huge = replace(graph.initializers[name], shape=(2**25, 64))
     graph = graph.with_(initializers={**graph.initializers, name: huge})
     message = refusal(
-        lambda: onnx_folder.write_file(graph, None, None, None), UsageError  # type: ignore[arg-type]
+        lambda: onnx_folder.write_file(graph, None, None, None),
+        UsageError,  # type: ignore[arg-type]
     )
     assert "2 GiB" in message and "without .onnx" in message
 
