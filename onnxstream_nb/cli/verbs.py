@@ -190,6 +190,31 @@ INSPECT = (
     ),
     LOADING[-1], JSON,
 )  # fmt: skip
+OUT = Option(
+    ("-o", "--out"), "folder to write, or a name that ends in .onnx for one file of up to 2 GiB",
+    text, "OUT", required=True,
+)  # fmt: skip
+OVERWRITE = Option(("--overwrite",), "replace what is there", truth, default=False)
+EXPORT = (
+    OUT,
+    Option(
+        ("--exporter",),
+        "opset14: by tracing, decomposed operators that every engine knows; opset23: by"
+        " torch.export, with Attention, RMSNormalization and RotaryEmbedding; default opset14",
+        choice("opset14", "opset23"), "KIND", default="opset14",
+    ),
+    Option(
+        ("--dtype",), "how weights are stored; default: as the model's files have them",
+        choice("fp32", "fp16", "bf16"), "TYPE",
+    ),
+    Option(
+        ("--module",),
+        "export any other PyTorch module: a function of an importable package that returns"
+        " (module, example inputs) and, if it likes, a dict of names and dynamic axes",
+        text, "PKG:FACTORY",
+    ),
+    OVERWRITE, JSON,
+)  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -215,6 +240,9 @@ VERBS: Mapping[str, Verb] = {
         "measure how well a model predicts a text",
         PERPLEXITY,
         "required",
+    ),
+    "export": Verb(
+        "cli.export:export", "a PyTorch model to ONNX, compared with PyTorch", EXPORT, "optional"
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),

@@ -9,19 +9,32 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import UnsupportedError
+from ..formats.onnx_folder import MODEL, write_file, write_folder
 from ..progress import Report
 from . import causal, module
 from .compared import Difference, difference
 from .draft import Draft
 from .exporters import Case, drafted, require
+from .folder import OutputFolder, check_out, output_folder
 from .tied import tied
 from .torch_weights import own_dtype, round_to
 
 EXPORTERS = tuple(causal.ATTENTION)
+COMPANIONS = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
+    "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+"""The tokenizer's and the configuration's files of a Hugging Face folder."""
+
+
+def stored_as(draft: Draft, dtype: str) -> Draft:
+    return draft
 
 
 @dataclass(frozen=True)
@@ -42,34 +55,101 @@ class Exported:
     exporter: str
     opset: int
     nodes: int
-    parameters: int
+    weights: int
     dtype: str
     size_bytes: int
     difference: Difference
 
 
-def export_language_model(folder: Path, out: Path, options: Options, report: Report) -> Exported:
+@dataclass(frozen=True)
+class _Made:
+    """What an export hands to its writing; only `draft` refers to PyTorch's weights."""
+
+    draft: Draft
+    cases: tuple[Case, ...]
+    dtype: str
+
+
+def export_language_model(source: Path, out: Path, options: Options, report: Report) -> Exported:
     """Export the causal language model of a Hugging Face folder, its tokenizer with it.
 
     Raises UsageError without torch or transformers, ModelError or UnsupportedError for a model
     that cannot be loaded or exported, or whose export computes something else.
     """
     require("torch", "transformers")
-    report("loading the model into PyTorch", None)
-    model = causal.load(folder)
-    dtype = options.dtype or own_dtype(model.config)
-    round_to(model, dtype)
-    cases, draft = _language_model(model, options.exporter, report)
-    draft = draft.with_(draft.graph.with_(metadata=causal.metadata(model)))
-    return _written(draft, cases, out, replace(options, dtype=dtype), report, folder)
+    check_out(out, overwrite=options.overwrite, source=source)
+
+    def make(folder: OutputFolder) -> _Made:
+        report("loading the model into PyTorch", None)
+        model = causal.load(source)
+        dtype = options.dtype or own_dtype(model.config)
+        round_to(model, dtype)
+        cases, draft = _language_model(model, options.exporter, report)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                folder.copy(source / name)
+        return _Made(tied(draft), cases, dtype)
+
+    return _written(make, out, options, report, source)
 
 
 def export_module(name: str, out: Path, options: Options, report: Report) -> Exported:
     """Export what the factory `pkg:factory` makes; see `convert.module`."""
     require("torch")
-    report("making the module", None)
-    dtype = options.dtype or "fp32"
-    subject = module.subject(name, dtype)
-    report(f"exporting ({options.exporter})", None)
-    draft = drafted(subject, options.exporter)
-    return _written(draft, subject.cases, out, replace(options, dtype=dtype), report)
+    check_out(out, overwrite=options.overwrite)
+
+    def make(_: OutputFolder) -> _Made:
+        report("making the module", None)
+        dtype = options.dtype or "fp32"
+        subject = module.subject(name, dtype)
+        report(f"exporting with PyTorch's exporter for {options.exporter}", None)
+        return _Made(drafted(subject, options.exporter), subject.cases, dtype)
+
+    return _written(make, out, options, report)
+
+
+def _language_model(
+    model: Any, exporter: str, report: Report
+) -> tuple[tuple[Case, ...], Draft]:
+    """The model's results and its draft, with the first way of computing attention that the
+    exporter takes."""
+    refused: UnsupportedError | None = None
+    for attention in causal.ATTENTION[exporter]:
+        report("running it in PyTorch", None)
+        subject = causal.subject(model, attention)
+        if subject is None:
+            continue
+        report(f"exporting with PyTorch's exporter for {exporter}", None)
+        try:
+            draft = drafted(subject, exporter)
+        except UnsupportedError as error:
+            refused = refused or error
+            continue
+        return subject.cases, draft.with_(draft.graph.with_(metadata=causal.metadata(model)))
+    raise refused or UnsupportedError(f"{type(model).__name__}: no attention for {exporter}")
+
+
+def _written(
+    make: Callable[[OutputFolder], _Made],
+    out: Path,
+    options: Options,
+    report: Report,
+    source: Path | None = None,
+) -> Exported:
+    """Write what `make` gives into `out`, which appears when it has been compared."""
+    single = MODEL if out.suffix == ".onnx" else ""
+    with output_folder(out, overwrite=options.overwrite, single=single, source=source) as folder:
+        made = make(folder)
+        draft, cases, dtype = stored_as(made.draft, made.dtype), made.cases, made.dtype
+        write = write_file if single else write_folder
+        write(draft.graph, draft.raw, folder, report)
+        graph = draft.graph
+        del made, draft  # and with them PyTorch's weights, before ours are mapped
+        gc.collect()
+        report("comparing with PyTorch", None)
+        found = difference(folder.path / MODEL, cases, report)
+    weights = sum(math.prod(ref.shape) for ref in graph.initializers.values())
+    size = folder.files[MODEL]["size"] if single else folder.size_bytes
+    return Exported(
+        out, options.exporter, graph.opset[""], len(graph.nodes), weights, dtype, size, found
+    )

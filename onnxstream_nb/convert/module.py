@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import UnsupportedError, UsageError
 from .exporters import Axes, Case, Subject, quiet
+from .torch_weights import round_to
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,13 @@ _KEYS = {"input_names", "output_names", "dynamic_axes"}
 _FOLDED = 1 << 30  # bytes of parameters up to which an exporter may fold them
 
 
-def subject(name: str) -> Subject:
-    """What the factory `pkg:factory` makes, and its results.
+def subject(name: str, dtype: str) -> Subject:
+    """What the factory `pkg:factory` makes, its weights rounded to `dtype`, and its results.
 
     Raises UsageError for a name that leads to no such function, or for what it gives.
     """
     module, inputs, options = _made(name)
+    round_to(module, dtype)
     names = _input_names(name, module, inputs, options)
     axes = _input_axes(name, names, inputs, options)
     wrapped = _wrapped(module)
