@@ -16,26 +16,16 @@ from typing import Any
 from ..errors import UnsupportedError
 from ..formats.onnx_folder import MODEL, write_file, write_folder
 from ..progress import Report
-from . import causal, module
+from . import carry, causal, module
 from .compared import Difference, difference
 from .draft import Draft
 from .exporters import Case, drafted, require
+from .floats import store
 from .folder import OutputFolder, check_out, output_folder
 from .tied import tied
-from .torch_weights import own_dtype, round_to
+from .torch_weights import DTYPES, own_dtype, round_to
 
 EXPORTERS = tuple(causal.ATTENTION)
-COMPANIONS = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json",
-    "generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
-"""The tokenizer's and the configuration's files of a Hugging Face folder."""
-
-
-def stored_as(draft: Draft, dtype: str) -> Draft:
-    return draft
-
 
 @dataclass(frozen=True)
 class Options:
@@ -82,12 +72,11 @@ def export_language_model(source: Path, out: Path, options: Options, report: Rep
     def make(folder: OutputFolder) -> _Made:
         report("loading the model into PyTorch", None)
         model = causal.load(source)
-        dtype = options.dtype or own_dtype(model.config)
+        dtype = options.dtype or own_dtype(source)
         round_to(model, dtype)
         cases, draft = _language_model(model, options.exporter, report)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                folder.copy(source / name)
+        if not _is_file(out):
+            carry.tokenizer(source, draft.graph, folder)
         return _Made(tied(draft), cases, dtype)
 
     return _written(make, out, options, report, source)
@@ -137,10 +126,10 @@ def _written(
     source: Path | None = None,
 ) -> Exported:
     """Write what `make` gives into `out`, which appears when it has been compared."""
-    single = MODEL if out.suffix == ".onnx" else ""
+    single = MODEL if _is_file(out) else ""
     with output_folder(out, overwrite=options.overwrite, single=single, source=source) as folder:
         made = make(folder)
-        draft, cases, dtype = stored_as(made.draft, made.dtype), made.cases, made.dtype
+        draft, cases, dtype = store(made.draft, DTYPES[made.dtype]), made.cases, made.dtype
         write = write_file if single else write_folder
         write(draft.graph, draft.raw, folder, report)
         graph = draft.graph
@@ -153,3 +142,7 @@ def _written(
     return Exported(
         out, options.exporter, graph.opset[""], len(graph.nodes), weights, dtype, size, found
     )
+
+
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".onnx"

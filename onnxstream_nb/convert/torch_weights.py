@@ -4,18 +4,26 @@ that what is exported can be compared with what PyTorch computes to the last dig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..formats.safetensors_header import read_object
 
 DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """--dtype -> the name of the elements' type, PyTorch's and ours."""
 
 
-def own_dtype(config: Any) -> str:
-    """The --dtype of a model's files, as its config.json says; fp32 where it says nothing."""
-    name = str(getattr(config, "dtype", None)).removeprefix("torch.")
-    return next((short for short, dtype in DTYPES.items() if dtype == name), "fp32")
+def own_dtype(folder: Path) -> str:
+    """The --dtype of a Hugging Face folder's weights by its config.json, fp32 where it is silent."""
+    config = read_object(folder / "config.json")
+    inner = config.get("text_config")
+    for fields in (config, inner if isinstance(inner, dict) else {}):
+        name = fields.get("dtype") or fields.get("torch_dtype")
+        for short, dtype in DTYPES.items():
+            if dtype == name:
+                return short
+    return "fp32"
 
 
 def round_to(module: Any, dtype: str) -> None:
