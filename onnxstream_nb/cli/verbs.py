@@ -190,13 +190,56 @@ INSPECT = (
     ),
     LOADING[-1], JSON,
 )  # fmt: skip
-OUT = Option(
-    ("-o", "--out"), "folder to write, or a name that ends in .onnx for one file of up to 2 GiB",
-    text, "OUT", required=True,
+OUTPUT = (
+    Option(
+        ("-o", "--out"),
+        "what to write: a folder, or one file when its name ends in .onnx",
+        text, "OUT", required=True,
+    ),
+    Option(
+        ("--overwrite",), "replace OUT where it exists, once the new one is complete",
+        truth, default=False,
+    ),
 )  # fmt: skip
-OVERWRITE = Option(("--overwrite",), "replace what is there", truth, default=False)
+ROUNDING = (
+    Option(
+        ("--block",), "how many weights share a scale, 0 for a whole column; default 32",
+        whole(0), "N",
+    ),
+    Option(
+        ("--asymmetric",), "integers with a zero point for each block", truth, default=False
+    ),
+    Option(
+        ("--keep",),
+        "store layers that match a pattern otherwise, as in *down_proj*=int8 or head=fp16; may be"
+        " repeated",
+        text, "PATTERN=DTYPE", repeat=True,
+    ),
+    Option(
+        ("--matmul-nbits",), "write MatMulNBits, an operator of onnxruntime's own",
+        truth, default=False,
+    ),
+)  # fmt: skip
+CONVERT = (
+    *OUTPUT,
+    Option(
+        ("--to",), "onnx, or onnxstream: a folder with model.txt; default onnx",
+        choice("onnx", "onnxstream"), "KIND", default="onnx",
+    ),
+    Option(
+        ("--dtype",),
+        "what weights are stored as: fp32, fp16, bf16, or rounded to int8 or int4; default: what"
+        " they are, and fp16 for a GGUF's block encodings",
+        choice("fp32", "fp16", "bf16", "int8", "int4"), "TYPE",
+    ),
+    *ROUNDING, JSON,
+)  # fmt: skip
+VOCAB = (
+    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
+    OUTPUT[1],
+)
 EXPORT = (
-    OUT,
+    *OUTPUT,
     Option(
         ("--exporter",),
         "opset14: by tracing, decomposed operators that every engine knows; opset23: by"
@@ -213,7 +256,7 @@ EXPORT = (
         " (module, example inputs) and, if it likes, a dict of names and dynamic axes",
         text, "PKG:FACTORY",
     ),
-    OVERWRITE, JSON,
+    JSON,
 )  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
@@ -245,6 +288,15 @@ VERBS: Mapping[str, Verb] = {
         "cli.export:export", "a PyTorch model to ONNX, compared with PyTorch", EXPORT, "optional"
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "convert": Verb(
+        "cli.convert:convert", "write a model in another format or type", CONVERT, "required"
+    ),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        VOCAB,
+        "required",
+    ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
     "show": Verb("cli.report:show", "what is known about a model", (JSON,), "required"),

@@ -27,6 +27,7 @@ from .torch_weights import DTYPES, own_dtype, round_to
 
 EXPORTERS = tuple(causal.ATTENTION)
 
+
 @dataclass(frozen=True)
 class Options:
     """`exporter` of `EXPORTERS`; `dtype` fp32, fp16, bf16, or None for what the model has."""
@@ -97,9 +98,7 @@ def export_module(name: str, out: Path, options: Options, report: Report) -> Exp
     return _written(make, out, options, report)
 
 
-def _language_model(
-    model: Any, exporter: str, report: Report
-) -> tuple[tuple[Case, ...], Draft]:
+def _language_model(model: Any, exporter: str, report: Report) -> tuple[tuple[Case, ...], Draft]:
     """The model's results and its draft, with the first way of computing attention that the
     exporter takes."""
     refused: UnsupportedError | None = None

@@ -15,7 +15,7 @@ DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bflo
 
 
 def own_dtype(folder: Path) -> str:
-    """The --dtype of a Hugging Face folder's weights by its config.json, fp32 where it is silent."""
+    """The --dtype of a Hugging Face folder's weights: fp32 where its config.json is silent."""
     config = read_object(folder / "config.json")
     inner = config.get("text_config")
     for fields in (config, inner if isinstance(inner, dict) else {}):
