@@ -109,7 +109,7 @@ def _write_onnx(
 ) -> int:
     """Write model.onnx and what belongs to it; the bytes of its weights."""
     draft = ties.share(draft)
-    draft = _in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
+    draft = in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
     if single:
         onnx_folder.write_file(draft.graph, draft.raw, folder, report)
     else:
@@ -117,7 +117,7 @@ def _write_onnx(
     return onnx_folder.weight_bytes(draft.graph)
 
 
-def _in_order(draft: Draft) -> Draft:
+def in_order(draft: Draft) -> Draft:
     """Weights in the order in which a run needs them, and so they will lie in the files."""
     known = draft.graph.initializers
     names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)

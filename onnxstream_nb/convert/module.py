@@ -100,7 +100,7 @@ def _importing_from_here() -> Iterator[None]:
 def _wrapped(module: torch.nn.Module) -> torch.nn.Module:
     import torch
 
-    class Positional(torch.nn.Module):
+    class Positional(torch.nn.Module):  # type: ignore[misc]
         """Any number of tensors -> a tuple of all tensors in the module's result."""
 
         def __init__(self) -> None:
