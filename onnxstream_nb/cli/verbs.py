@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .conversions import CONVERT, QUANTIZE, VOCAB
+from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
 from .options import Option, choice, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
@@ -216,6 +216,12 @@ VERBS: Mapping[str, Verb] = {
         "measure how well a model predicts a text",
         PERPLEXITY,
         "required",
+    ),
+    "export": Verb(
+        "cli.export:export",
+        "a PyTorch model to ONNX, compared with PyTorch",
+        (*EXPORT, JSON),
+        "optional",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "convert": Verb(
