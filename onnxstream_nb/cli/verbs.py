@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
 from .options import Option, choice, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
@@ -216,7 +217,31 @@ VERBS: Mapping[str, Verb] = {
         PERPLEXITY,
         "required",
     ),
+    "export": Verb(
+        "cli.export:export",
+        "a PyTorch model to ONNX, compared with PyTorch",
+        (*EXPORT, JSON),
+        "optional",
+    ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "convert": Verb(
+        "cli.convert:convert",
+        "write a model in another format or type",
+        (*CONVERT, JSON),
+        "required",
+    ),
+    "quantize": Verb(
+        "cli.quantize:quantize",
+        "round a model's weights to 8 or 4 bits",
+        (*QUANTIZE, JSON),
+        "required",
+    ),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        VOCAB,
+        "required",
+    ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
     "show": Verb("cli.report:show", "what is known about a model", (JSON,), "required"),
