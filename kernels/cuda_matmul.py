@@ -18,7 +18,7 @@ from .cuda_elementwise import THREADS, to_half
 from .cuda_gemm import GEMM, GEMM_75, GEMM_SMALL
 from .cuda_gemv import BLOCK, GEMV, ROWS, WARPS
 from .lowered import FEW_ROWS
-from .matmul import matmul
+from .matmul import USES, lower_matmul, matmul, packing_bytes
 from .weight import decode
 
 TILES = {GEMM: (128, 128), GEMM_SMALL: (64, 64), GEMM_75: (128, 64)}  # rows and columns of a block
@@ -82,10 +82,12 @@ class DeviceMatrix:
     """A matrix (K, N) in a GPU's memory; `lanes` run its products, `host` gives it as a Weight
     when the GPU cannot."""
 
+    lasting = True
+
     def __init__(self, ref, lanes, host, address, scales, encoding):
         self.ref, self.lanes, self.host = ref, lanes, host
         self.address, self.scales, self.encoding = address, scales, encoding
-        self.shape, self.lasting = ref.shape, True
+        self.shape = ref.shape
 
     def product(self, x):
         """x (..., M, K) -> something that becomes an array (..., M, N) float32."""
@@ -141,7 +143,13 @@ def device_padding(k):
     return padded(k)
 
 
-@op("MatMul", since=1, device="cuda", native=("b",), packs=("b",))
+def lower_device_matmul(a, b):
+    """What is on the GPU is no business of a table."""
+    return None if isinstance(b, DeviceMatrix) else lower_matmul(a, b)
+
+
+@op("MatMul", since=1, device="cuda", native=("b",), packs=("b",), uses=USES,
+    lower=lower_device_matmul, working=packing_bytes)  # fmt: skip
 def device_matmul(a, b):
     """a (..., M, K) times b (K, N), on the GPU if b lies there, else on the CPU."""
     if isinstance(b, DeviceMatrix):

@@ -39,7 +39,7 @@ class LanguageModel:
     without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
     `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
     over the weights; `full_cache_bytes` is what the cache takes at the whole context. `packed` is
-    as for Session. One caller at a time.
+    as for Session, and so are `device` and `cuda`. One caller at a time.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class LanguageModel:
         kv_cache: str = "f16",
         kv_spill: str | Path | None = None,
         device: str = "cpu",
+        cuda: int | str = "auto",
         packed: str | Path | None = None,
         sequences: int = 1,
         progress: Progress | None = None,
@@ -77,7 +78,8 @@ class LanguageModel:
         self._has_budget = ram is not None
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
-            device=device, optimize=False, reserve=reserve, packed=packed, progress=progress,
+            device=device, cuda=cuda, optimize=False, reserve=reserve, packed=packed,
+            progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
         self.full_cache_bytes = self.cache_bytes_at(self.context)

@@ -25,6 +25,11 @@ Array = np.ndarray[Any, Any]
 Argument = Callable[[dict[str, Any], str, Form], Any]
 
 
+_Late = list[tuple[str, Array]]
+"""Names of values that are not arrays yet, and where tables want them: they are waited for when a
+table comes, so that several can be computed at a time."""
+
+
 class _Host:
     """A step that Python runs again.
 
@@ -36,12 +41,16 @@ class _Host:
         self.step = step
         self._places = places
 
-    def run(self, values: dict[str, Any], argument: Argument) -> bool:
-        """Run it; False when a result does not fit the place that tables read."""
+    def run(self, values: dict[str, Any], argument: Argument, late: _Late) -> bool:
+        """Run it; False when a result does not fit the place that tables read. What is still being
+        computed elsewhere is put there later: see `late`."""
         results = self.step.call([argument(values, n, form) for n, form in self.step.inputs])
         for name, place, result in zip(self.step.outputs, self._places, results, strict=False):
             if place is None:
                 values[name] = result
+            elif not isinstance(result, np.ndarray) and _same_form(place, result):
+                values[name] = result
+                late.append((name, place))
             elif not _same_kind(place, result):
                 return False
             elif place is not result:
@@ -182,15 +191,24 @@ class Replay:
                 np.copyto(known, feeds[name])
             else:
                 self.values[name] = feeds[name]
+        late: _Late = []
         for part in self._parts:
             if stop is not None and stop.is_set():
                 raise Interrupted("the run was stopped")
             if isinstance(part, _Host):
-                if not part.run(self.values, self._argument):
+                if not part.run(self.values, self._argument, late):
                     return False
             else:
+                self._arrive(late)
                 part.run(offset)
+        self._arrive(late)
         return True
+
+    def _arrive(self, late: _Late) -> None:
+        for name, place in late:
+            np.copyto(place, np.asarray(self.values[name]))
+            self.values[name] = place
+        late.clear()
 
 
 def _read_by_tables(entries: Sequence[_Entry], plan: Plan) -> set[str]:
@@ -216,16 +234,19 @@ def _is_slot(value: Any) -> bool:
 
 def _same_kind(place: Any, value: Any) -> bool:
     """Whether a value has the shape and type of a place for it."""
-    return (
-        isinstance(value, np.ndarray) and value.shape == place.shape and value.dtype == place.dtype
-    )
+    return isinstance(value, np.ndarray) and _same_form(place, value)
+
+
+def _same_form(place: Any, value: Any) -> bool:
+    return bool(value.shape == place.shape and value.dtype == place.dtype)
 
 
 def _owned(result: Any) -> Any:
-    """An array in memory of its own: what a view looks at may be another's next time."""
-    return (
-        np.array(result) if isinstance(result, np.ndarray) and result.base is not None else result
-    )
+    """An array in memory of its own: what a view looks at may be another's next time, and what is
+    not one yet is waited for."""
+    if isinstance(result, np.ndarray):
+        return np.array(result) if result.base is not None else result
+    return np.asarray(result) if hasattr(result, "__array__") else result
 
 
 def _is_still_view(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -82,13 +82,14 @@ def make_plan(
     read: Callable[[WeightRef], Array],
     has_panels: Callable[[WeightRef], Any] = lambda ref: False,
     precision: str = "exact",
+    device: str = "cpu",
 ) -> Plan:
     """Plan a graph; `has_panels` says for a weight whether it can be packed, `precision` which
-    kernels products of many rows call.
+    kernels products of many rows call, `device` whose operators are taken where it has them.
 
     Raises UnsupportedError naming every operator that is missing.
     """
-    operators = _operators(graph)
+    operators = _operators(graph, device)
     missing = sorted({n.op_type for n, o in zip(graph.nodes, operators, strict=True) if o is None})
     if missing:
         raise UnsupportedError(
@@ -117,6 +118,22 @@ def packable(graph: Graph, has_panels: Callable[[WeightRef], Any]) -> dict[str, 
     return {name: ref for name, ref in found.items() if has_panels(ref)}
 
 
+def factors(plan: Plan) -> list[WeightRef]:
+    """The distinct matrices that products alone read."""
+    found = _read_as(plan.graph, [step.operator for step in plan.steps], "packs")
+    return list({ref.matrix: ref for ref in found.values()}.values())
+
+
+def without(plan: Plan, refs: Collection[WeightRef]) -> Plan:
+    """The plan as it is for whoever holds all weights but these."""
+    gone = {ref.matrix for ref in refs}
+    return replace(
+        plan,
+        weights=tuple(ref for ref in plan.weights if ref.matrix not in gone),
+        packable=tuple(ref for ref in plan.packable if ref.matrix not in gone),
+    )
+
+
 def _read_as(graph: Graph, operators: Sequence[Operator | None], how: str) -> dict[str, WeightRef]:
     """The initializers that every reader of the same matrix takes as `how`: packs or lookups."""
     taken: dict[object, bool] = {}
@@ -131,8 +148,9 @@ def _read_as(graph: Graph, operators: Sequence[Operator | None], how: str) -> di
     return {name: ref for name, ref in refs.items() if taken.get(ref.matrix)}
 
 
-def _operators(graph: Graph) -> list[Operator | None]:
-    return [lookup(n.op_type, n.domain, graph.opset.get(n.domain, 1)) for n in graph.nodes]
+def _operators(graph: Graph, device: str = "cpu") -> list[Operator | None]:
+    versions = graph.opset
+    return [lookup(n.op_type, n.domain, versions.get(n.domain, 1), device) for n in graph.nodes]
 
 
 def _constants(

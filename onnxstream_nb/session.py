@@ -18,11 +18,12 @@ import numpy as np
 from . import formats, passes, trace
 from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
+from .gpu.offload import open_gpu
 from .graph import Graph, Value, WeightRef
 from .loading import choose, choose_reserve, make_provider
 from .lowering import TABLE_BYTES, Replay
 from .packed_weights import with_packed_file
-from .plan import Form, Plan, describe, make_plan
+from .plan import Form, Plan, describe, factors, make_plan, without
 from .registry import lookup
 from .streaming import StreamProvider
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import onnx
 
 PRECISIONS = ("fast", "exact")
+DEVICES = ("cpu", "cuda")
 PRECISION = "exact"
 IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
 
@@ -78,10 +80,12 @@ class Session:
     on the budget: it becomes the attribute. `threads` defaults to the physical cores;
     `precision` says how products of many rows are computed: "exact" as in float32 (block
     encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
-    "fast" in bfloat16 where the processor has it; `device` is
-    "cpu". `optimize=False` runs the graph as it stands. With `packed`, a folder, weights that have
-    panels are kept there packed, for the next start and for streaming. `progress(text,
-    fraction)` is told what takes long, above all the first compilation of kernels.
+    "fast" in bfloat16 where the processor has it. With the `device` "cuda" matrices lie on a GPU,
+    as many as fit the budget `cuda`: bytes, a text such as "4GB", or "auto" and "all" for what it
+    has; where there is no GPU, the CPU is used, and the log says so. `optimize=False` runs the
+    graph as it stands. With `packed`, a folder, weights that have panels are kept there packed, for
+    the next start and for streaming. `progress(text, fraction)` is told what takes long, above all
+    the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
     MemoryBudgetError when the budget cannot be kept, UsageError for a bad argument.
@@ -96,6 +100,7 @@ class Session:
         threads: int | None = None,
         precision: str = PRECISION,
         device: str = "cpu",
+        cuda: int | str = "auto",
         optimize: bool = True,
         reserve: int | Sequence[int] = 0,
         packed: str | Path | None = None,
@@ -111,18 +116,27 @@ class Session:
         internal("Threads")(self.threads)
         if packed is not None:
             self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
-        self.plan: Plan = make_plan(self.graph, decode_constant, packer.panel_bytes, precision)
+        gpu = open_gpu(cuda) if device == "cuda" else None
+        if gpu:
+            self.graph = passes.rewrite_together(self.graph)
+        self.plan: Plan = make_plan(
+            self.graph, decode_constant, packer.panel_bytes, precision, device if gpu else "cpu"
+        )
+        placed = gpu.choose(factors(self.plan)) if gpu else []
+        rest = without(self.plan, placed)
         as_stored = load == "mmap" or (load == "stream" and ram is None)  # nothing is packed
         prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
         reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
         holding, self.reserve = choose_reserve(
-            partial(choose, self.plan, load, budget, packer.panel_bytes, reached),
+            partial(choose, rest, load, budget, packer.panel_bytes, reached),
             (reserve,) if isinstance(reserve, int) else reserve,
         )
         if holding.slots:
             prepare(self.plan.kernels)
-        self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
+        self.provider: WeightsProvider = make_provider(rest, holding, packer, progress)
+        if gpu:
+            self.provider = gpu.provider(self.provider, placed, progress)
         self.chunk, self._has_budget = holding.chunk, ram is not None
         self._lock, self._closed = threading.Lock(), False
         self._replay: Replay | None = None
@@ -308,8 +322,8 @@ def _next_tokens(feeds: Mapping[str, Any]) -> int:
 
 
 def _check_choices(device: str, precision: str) -> None:
-    if device != "cpu":
-        raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
+    if device not in DEVICES:
+        raise UsageError(f"device must be one of {', '.join(DEVICES)}, not {device!r}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
 

@@ -45,7 +45,9 @@ ALLOWED: dict[str, set[str]] = {
     "llm": {"session", "kvcache", "passes", "sampling"},
     "sampling": set(),
     "tokenizer": {"formats"},
-    "session": {"formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace"},
+    "session": {
+        "formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace", "gpu",
+    },
     "kvcache": {"passes", "weights"},
     "weights": set(),
     "packed_file": {"weights"},

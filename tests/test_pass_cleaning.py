@@ -419,3 +419,19 @@ def test_nodes_are_converted(step: Step, old: int, feeds: dict[str, Any], new: i
 def test_what_cannot_be_raised_stays(step: Step, old: int) -> None:
     weights = {"s": np.ones(1, np.float32)}
     assert upgrade.raise_opset(build([step], {"x": [2, 4, 3]}, "y", weights, old), 23) is None
+
+
+def test_products_of_one_value_stand_together() -> None:
+    """Also where what reads the first one stood between them; nothing else moves."""
+    w = WeightRef("w", (2, 2), "float32", b"")
+    named = [
+        ("MatMul", "x w q"), ("Neg", "q a"), ("MatMul", "x w k"), ("MatMul", "a w b"),
+        ("MatMul", "x a c"), ("MatMul", "x w v"), ("Add", "k v d"),
+    ]  # fmt: skip
+    nodes = []
+    for op_type, names in named:
+        *inputs, output = names.split()
+        nodes.append(Node(op_type, tuple(inputs), (output,)))
+    graph = Graph(tuple(nodes), (), (), {"w": w}, {"": 13})
+    order = "".join(node.outputs[0] for node in rewrite_together(graph).nodes)
+    assert order == "qkvabcd"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class CudaDevice:
             raise UnsupportedError(f"there is no GPU number {number}: the driver finds {count}")
         self._device = self._call("cuDeviceGet", number)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._call("cuCtxSetCurrent", self._context)
+        self._threads = threading.local()  # a context is current, or not, for each of them
         self.name = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
         about = self._driver.CUdevice_attribute
         self.capability = (
@@ -56,6 +57,9 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver: its result, or the error with the driver's own words."""
+        if hasattr(self, "_threads") and not hasattr(self._threads, "entered"):
+            self._threads.entered = True
+            self._call("cuCtxSetCurrent", self._context)
         status, *results = getattr(self._driver, name)(*arguments)
         if int(status):
             _, text = self._driver.cuGetErrorString(status)
