@@ -157,8 +157,8 @@ def pack_affine4_columns(args, thread, threads):
 
 @kernel
 def pack_affine_heads(args, thread, threads):
-    """Heads of panels. args: panels, how many, bytes a panel, the five numbers of a head, the zero
-    point of all units."""
+    """Heads (64,) uint8 of panels. args: panels, how many, bytes a panel, the five numbers of a
+    head, the zero point of all units."""
     start, stop = share(arg(args, 1), 16, thread, threads)
     for i in range(start, stop):
         panel = arg(args, 0) + arg(args, 2) * i
@@ -195,6 +195,8 @@ def pack_affine_values(args, thread, threads):
             element, place = begin + row_step * i + unit_step * unit, panel + arg(args, 8) * unit
             for lane in range(lanes):
                 move(source, bits, element + row_step * lane, flip, place, lane)
+            for lane in range(lanes * bits // 8, 2 * bits if bits > 8 else 0):
+                poke_u8(place + lane, 0)  # scales of rows that are none: finite
 
 
 def pack_integers(ref, piece, out, first, count, start, stop):
