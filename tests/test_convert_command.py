@@ -122,7 +122,7 @@ def test_a_conversion_that_is_ended(
     command = [sys.executable, "-c", SLOWED, str(tmp_path / "hf"), "-o", str(tmp_path / "out")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        assert any("writing" == line.strip() for line in process.stderr)
+        assert any(line.strip() == "writing" for line in process.stderr)
         process.send_signal(sent)
         err = process.stderr.read()
         process.wait(60)

@@ -155,9 +155,7 @@ def test_an_old_graph_is_raised_for_bfloat16_only(tmp_path: Path) -> None:
         same(run(tmp_path / f"{dtype}" / "model.onnx", {"x": x})["y"], x @ matrix(), 1e-2)
     older = {"opset_imports": [helper.make_opsetid("", 9)], "ir_version": 4}
     source = saved(product(matrix(), **older), tmp_path / "older.onnx")
-    message = refusal(
-        lambda: convert(source, tmp_path / "no", dtype="bfloat16"), UnsupportedError
-    )
+    message = refusal(lambda: convert(source, tmp_path / "no", dtype="bfloat16"), UnsupportedError)
     assert "opset 9" in message and "fp16" in message and not (tmp_path / "no").exists()
 
 
