@@ -10,13 +10,11 @@ from pathlib import Path
 from ..errors import UsageError
 from ..formats import onnx_folder
 from ..graph import Graph
-from ..passes import find_cache
 from ..progress import Report
 from . import carry, floats, ties, uint8
 from .draft import Draft
 from .folder import OutputFolder, check_out, output_folder
 from .source import read
-from .vocabulary import carry_vocab_txt
 
 Step = Callable[[Draft], Draft]
 
@@ -75,8 +73,6 @@ def convert(
         note = "" if single else _carry(source, draft.graph, folder, to)
         if to == "onnxstream":
             weights = _write_onnxstream(draft, dtype, folder, tell)
-            if find_cache(draft.graph):
-                carry_vocab_txt(source, folder, tell)
         else:
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}

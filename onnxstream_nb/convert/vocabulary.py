@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError, UsageError
-from ..formats.sink import Folder
-from ..progress import Report
 from ..tokenizer import Tokenizer, load_tokenizer
 from ..tokenizer.onnxstream import read_pieces as pieces_of_text
 from ..tokenizer.onnxstream import vocab_text
@@ -67,19 +65,6 @@ def vocabulary_file(source: Path) -> Path:
     if found is None:
         raise ModelError(f"{source}: no vocabulary; looked for {', '.join(_ORDER)} and *.gguf")
     return found
-
-
-def carry_vocab_txt(source: Path, folder: Folder, report: Report) -> None:
-    """Put a vocab.txt beside a model.txt, for OnnxStream's own program, where `source` has a
-    vocabulary that can be written so; our own reads the tokenizer.json there."""
-    gguf = source.suffix == ".gguf"
-    try:
-        data = vocab_txt(vocabulary_file(source if gguf or source.is_dir() else source.parent))
-    except (ModelError, UnsupportedError) as why:
-        report(f"no vocab.txt is written: {why}", None)
-        return
-    with folder.file("vocab.txt") as file:
-        file.write(data)
 
 
 def vocab_txt(file: Path) -> bytes:
