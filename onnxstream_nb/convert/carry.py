@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ModelError, UnsupportedError
+from ..graph import Graph
 from ..tokenizer import load_tokenizer
 from ..tokenizer.gguf import carries_tokenizer
 from ..tokenizer.load import find
@@ -22,12 +23,14 @@ COMPANIONS = (
 _COPIED = (".json", ".model")  # tokenizers that other programs read, too; others are written as one
 
 
-def tokenizer(source: Path, folder: OutputFolder) -> None:
+def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
     """Put the tokenizer that belongs to a language model into its folder, so that texts have the
-    same ids; nothing for one without a tokenizer.
+    same ids; nothing for another model, or one without a tokenizer.
 
     One inside a GGUF, or in OnnxStream's vocab.txt, is written as Hugging Face's files.
     """
+    if not _reads_text(graph):
+        return
     found = _found(source)
     if found is not None and found.suffix not in _COPIED:
         for name, content in files(load_tokenizer(found)).items():
@@ -41,9 +44,11 @@ def tokenizer(source: Path, folder: OutputFolder) -> None:
                 folder.copy(place / name)
 
 
-def text_vocabulary(source: Path, folder: OutputFolder) -> str:
-    """Put OnnxStream's vocab.txt into a folder, where the vocabulary has that form; else a remark
-    that says why not."""
+def text_vocabulary(source: Path, graph: Graph, folder: OutputFolder) -> str:
+    """Put OnnxStream's vocab.txt into a language model's folder, where the vocabulary has that
+    form; else a remark that says why not."""
+    if not _reads_text(graph):
+        return ""
     found = _found(source)
     if found is None:
         return "there is no vocab.txt, since the source has no tokenizer"
@@ -54,6 +59,10 @@ def text_vocabulary(source: Path, folder: OutputFolder) -> str:
     with folder.file("vocab.txt") as file:
         file.write(data)
     return ""
+
+
+def _reads_text(graph: Graph) -> bool:
+    return any(value.name == "input_ids" for value in graph.inputs)
 
 
 def _found(source: Path) -> Path | None:

@@ -68,12 +68,15 @@ def convert(
     source_bytes = _stored(draft.graph)
     for step in steps:
         draft = step(draft)
-    single = onnx_folder.MODEL if _is_file(out) else ""
+    single, note = onnx_folder.MODEL if _is_file(out) else "", ""
     with output_folder(out, overwrite=overwrite, single=single, source=source) as folder:
-        note = "" if single else _carry(source, draft.graph, folder, to)
+        if not single:
+            carry.tokenizer(source, draft.graph, folder)
         if to == "onnxstream":
+            note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
+            note = _integers(draft.graph) if dtype else ""
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
@@ -102,12 +105,18 @@ def _stored(graph: Graph) -> int:
     return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
 
 
-def _carry(source: Path, graph: Graph, folder: OutputFolder, to: str) -> str:
-    """Put a language model's tokenizer into its folder; a remark, or nothing to say."""
-    if not any(value.name == "input_ids" for value in graph.inputs):
+def _integers(graph: Graph) -> str:
+    """A remark on weights that no type of floats is for."""
+    kinds = {
+        graph.initializers[node.inputs[i]].dtype
+        for node in graph.nodes
+        for i in (0, 1)
+        if node.op_type == ("DequantizeLinear", "MatMulNBits")[i]
+        and node.inputs[i] in graph.initializers
+    }
+    if not kinds:
         return ""
-    carry.tokenizer(source, folder)
-    return carry.text_vocabulary(source, folder) if to == "onnxstream" else ""
+    return f"weights that the source stores as {', '.join(sorted(kinds))} integers stay so"
 
 
 def _write_onnx(
@@ -115,7 +124,7 @@ def _write_onnx(
 ) -> int:
     """Write model.onnx, its weights inside unless there is a size of shards; their bytes."""
     draft = ties.share(draft)
-    draft = _in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
+    draft = in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
     if shard_bytes is None:
         onnx_folder.write_file(draft.graph, draft.raw, folder, report)
     else:
@@ -123,7 +132,7 @@ def _write_onnx(
     return onnx_folder.weight_bytes(draft.graph)
 
 
-def _in_order(draft: Draft) -> Draft:
+def in_order(draft: Draft) -> Draft:
     """Weights in the order in which a run needs them, and so they will lie in the files."""
     known = draft.graph.initializers
     names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)
