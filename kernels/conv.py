@@ -81,7 +81,9 @@ def _per_channel(values, rank, axis=1):
 def windows_bytes(x, w, b=None, *others):
     """What a convolution takes beside its result: the padded input, and a piece of its windows."""
     size = math.prod(w[1:])
-    return 8 * math.prod(x) + 4 * PIECE + packing_bytes((max(1, PIECE // max(1, size)), size), w[:2])
+    return (
+        8 * math.prod(x) + 4 * PIECE + packing_bytes((max(1, PIECE // max(1, size)), size), w[:2])
+    )
 
 
 def _integer_bytes(x, w, *others):

@@ -20,7 +20,7 @@ from ..progress import Report
 from .calibration import captured
 from .draft import Draft, Make
 from .integer_weights import TINY, Constant, Constants, Integers, Stored, signed
-from .ranges import Range, Seen, by_operator, by_value, names_of
+from .ranges import Range, Seen, by_operator, names_of
 
 Array = np.ndarray[Any, Any]
 
@@ -59,27 +59,6 @@ def quantised_values(
     return [name for name in dict.fromkeys(wanted) if name not in constants]
 
 
-def ranges_for(
-    draft: Draft,
-    values: list[str],
-    known: Mapping[str, Range] | None,
-    feeds: Iterable[Mapping[str, Array]] | None,
-    percentile: float,
-    report: Report,
-) -> dict[str, Range]:
-    """The ranges of values, from known ones by operator, or seen on feeds.
-
-    OnnxStream knows none of inputs of the graph: those that have none stay floats.
-    """
-    if known is None:
-        if feeds is None:
-            raise UsageError("static quantisation needs calibration data or range data")
-        return seen(draft, values, feeds, percentile, report)
-    inputs = {value.name for value in draft.graph.inputs}
-    wanted = [name for name in values if name not in inputs or name in known]
-    return by_value(draft.graph, known, wanted, "range data")
-
-
 def calibrated_values(
     draft: Draft, feeds: Iterable[Mapping[str, Array]], percentile: float, report: Report
 ) -> dict[str, Range]:
@@ -101,10 +80,9 @@ def seen(
     """The ranges of those of the values that are floats, over all feeds; none for a value of which
     no finite element was seen.
 
-    Raises UsageError for a percentile that is none, or when there are no feeds.
+    `percentile` % of the elements are clipped at each end. Raises UsageError when there are no
+    feeds.
     """
-    if not 0 <= percentile < 50:
-        raise UsageError(f"--percentile: {percentile} % at each end is not between 0 and 50")
     found = {value: Seen(counted=percentile > 0) for value in values}
     runs = 0
     for run, arrays in enumerate(captured(draft, found, feeds), 1):

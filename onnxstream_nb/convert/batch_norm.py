@@ -32,7 +32,7 @@ def fold_batch_norms(draft: Draft) -> Draft:
 
 def _fold(draft: Draft, rewriter: Rewriter, node: Node, made: dict[str, Make]) -> None:
     conv, refs = rewriter.made_by(node.inputs[0], "Conv"), draft.graph.initializers
-    if conv is None or not rewriter.is_private((conv,), node) or len(node.outputs) > 1:
+    if conv is None or not rewriter.is_private((conv, node), node) or len(node.outputs) > 1:
         return
     needed = (*conv.inputs[1:], *node.inputs[1:])
     if any(name and name not in refs for name in needed) or node.attributes.get("training_mode", 0):
@@ -45,11 +45,13 @@ def _fold(draft: Draft, rewriter: Rewriter, node: Node, made: dict[str, Make]) -
 
     def folded_weight() -> Array:
         along = factor.reshape(-1, *(1,) * (len(weight.shape) - 1))
-        return (draft.read(weight) * along).astype(np.float32)
+        folded: Array = (draft.read(weight) * along).astype(np.float32)
+        return folded
 
     def folded_bias() -> Array:
         before = draft.read(refs[bias]).astype(np.float64) if bias else 0.0
-        return ((before - mean) * factor + offset).astype(np.float32)
+        folded: Array = ((before - mean) * factor + offset).astype(np.float32)
+        return folded
 
     def add(stem: str, shape: tuple[int, ...], make: Callable[[], Array]) -> str:
         name = rewriter.fresh(stem)

@@ -7,91 +7,75 @@ the operators, which engines read as products of integers). Weights have a scale
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import passes
 from ..errors import UnsupportedError, UsageError
-from ..graph import Graph, Node
+from ..graph import Node
 from ..passes.rewriting import Rewriter
 from ..progress import Report
-from .activations import (
-    OTHERS,
-    PRODUCTS,
-    Activations,
-    calibrated_values,
-    quantised_values,
-    ranges_for,
-)
+from .activations import OTHERS, PRODUCTS, Activations, calibrated_values, quantised_values, seen
 from .batch_norm import fold_batch_norms
+from .calibration import feeds_of_text
 from .draft import Draft
-from .integer_weights import Constant, Constants, Stored, around_128, signed, unsigned
-from .ranges import Range
+from .feeds import feeds_of_files
+from .integer_dynamic import DynamicProducts
+from .integer_weights import Constant, Constants, Keep, Stored
+from .ranges import Range, by_value, format_ranges, read_ranges
+
+if TYPE_CHECKING:
+    from .quantise import QuantiseOptions
 
 Array = np.ndarray[Any, Any]
 
 _OPSET = 13  # DequantizeLinear along an axis
-_LEAST_SUM = 16  # a convolution whose outputs add up fewer products stays as it is: depthwise ones
-_FLOAT = 1  # TensorProto.FLOAT
 
 
-@dataclass(frozen=True)
-class IntegerOptions:
-    """`keep` are patterns of names of nodes or weights that stay floats. `asymmetric`: weights of
-    dynamic products as uint8 with zero points, not int8.
-
-    Of `static` alone: `ranges`, by operator, or `feeds` to find them, of which `percentile` % are
-    clipped at each end; `operators` are those whose constant weights and activations become
-    integers, and any other named there has its activations rounded to 8 bits.
-    """
-
-    keep: tuple[str, ...] = ()
-    asymmetric: bool = False
-    operators: tuple[str, ...] = PRODUCTS
-    percentile: float = 0.0
-    ranges: Mapping[str, Range] | None = None
-    feeds: Iterable[Mapping[str, Array]] | None = None
-
-
-def dynamic(draft: Draft, options: IntegerOptions, report: Report) -> Draft:
+def dynamic(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     """The draft with MatMulInteger and ConvInteger in the place of products and convolutions with
     constant weights, their activations quantised at every run.
 
     Raises UsageError when there is nothing to quantise.
     """
     draft = prepared(draft)
-    step = _Dynamic(draft, options)
+    step = DynamicProducts(draft, kept_by(draft, options.keep), options.asymmetric)
     for node in draft.graph.nodes:
         step.visit(node)
     return _finished(draft, step.stored, report)
 
 
-def static(draft: Draft, options: IntegerOptions, report: Report) -> Draft:
+def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     """The draft with QuantizeLinear and DequantizeLinear before its products and convolutions, by
-    the ranges given or seen: activations uint8, weights int8, biases int32.
+    ranges of range data or seen on calibration data: activations uint8, weights int8, biases int32.
 
-    Raises UsageError when there is nothing to quantise, or neither ranges nor feeds.
+    Range data that is not there yet is written, and holds all floats that the model computes.
+    Raises UsageError when there is nothing to quantise, or neither range data nor calibration data.
     """
     draft = prepared(draft)
-    step = _Static(draft, options)
-    values = quantised_values(draft, step.found, options.operators)
-    step.activations.ranges = ranges_for(
-        draft, values, options.ranges, options.feeds, options.percentile, report
-    )
+    step = StaticProducts(draft, kept_by(draft, options.keep))
+    values = step.values()
+    if options.range_data is None:
+        feeds, clipped = feeds_of(draft, options), _clipped(options)
+        ranges = seen(draft, values, feeds, clipped, report)
+    else:
+        ranges = _known(draft, values, _range_data(draft, options, options.range_data, report))
+    return with_rounded_activations(draft, step, ranges, report)
+
+
+def with_rounded_activations(
+    draft: Draft, step: StaticProducts, ranges: Mapping[str, Range], report: Report
+) -> Draft:
+    """The draft with what `step` found in integers, as far as the ranges of values are known."""
+    step.activations.ranges = ranges
     for node in draft.graph.nodes:
         step.visit(node)
     return _finished(draft, step.stored, report)
-
-
-def calibrate(
-    draft: Draft, feeds: Iterable[Mapping[str, Array]], percentile: float, report: Report
-) -> dict[str, Range]:
-    """The ranges of everything that the model computes on the feeds, by operator, for a
-    range_data.txt: what `static` takes as `ranges`."""
-    return calibrated_values(prepared(draft), feeds, percentile, report)
 
 
 def prepared(draft: Draft) -> Draft:
@@ -101,13 +85,95 @@ def prepared(draft: Draft) -> Draft:
     return fold_batch_norms(draft)
 
 
+def feeds_of(draft: Draft, options: QuantiseOptions) -> Iterator[Mapping[str, Array]]:
+    """The inputs that the model is calibrated on: of files, or windows of a text.
+
+    Raises UsageError when there are neither.
+    """
+    if options.feeds is not None:
+        return feeds_of_files(options.feeds, draft.graph)
+    if options.text is None or options.tokenizer is None:
+        raise UsageError(
+            "--method static is calibrated: give --calibration, a text for a language model, .npz "
+            "files with the inputs by name for another, or --range-data of an earlier calibration"
+        )
+    window = min(options.window, options.tokens)
+    return feeds_of_text(
+        draft.graph, options.tokenizer, options.text, window, options.tokens // window,
+        options.source,
+    )  # fmt: skip
+
+
+def kept_by(draft: Draft, keep: tuple[tuple[str, str], ...]) -> Keep:
+    """Whether a node or weight of these names stays in floats.
+
+    Raises UsageError for a layer that is to have 4 bits.
+    """
+    for pattern, dtype in keep:
+        if dtype == "int4":
+            raise UsageError(f"--keep {pattern}={dtype}: weights and activations have 8 bits here")
+    outputs = {draft.graph.outputs[0].name} if draft.graph.outputs else set()
+
+    def is_kept(*names: str) -> bool:
+        for pattern, dtype in keep:
+            if any(fnmatchcase(name, pattern) for name in names) or (
+                pattern == "head" and not outputs.isdisjoint(names)
+            ):
+                return dtype != "int8"
+        return False
+
+    return is_kept
+
+
+class StaticProducts:
+    """The products and convolutions with constant weights, and other `operators` of OTHERS, whose
+    activations are rounded; `visit` puts the integers in.
+
+    Raises UsageError for an operator that is not known.
+    """
+
+    def __init__(self, draft: Draft, keep: Keep, operators: tuple[str, ...] = PRODUCTS) -> None:
+        unknown = set(operators) - {*PRODUCTS, *OTHERS}
+        if unknown:
+            raise UsageError(
+                f"{', '.join(sorted(unknown))} cannot be computed in 8 bits; known are "
+                f"{', '.join((*PRODUCTS, *OTHERS))}"
+            )
+        self.draft, self.operators = draft, operators
+        rewriter = Rewriter(draft.graph, draft.read)
+        self.stored = Stored(rewriter)
+        self.constants = Constants(draft, rewriter, keep)
+        self.activations = Activations(rewriter, self.stored, self.constants)
+        self.found = {id(n): w for n in draft.graph.nodes if (w := self._weight(n))}
+
+    def _weight(self, node: Node) -> Constant | None:
+        if node.domain or node.op_type not in self.operators or node.op_type not in PRODUCTS:
+            return None
+        weight = self.constants.weight(node)
+        if weight is None or node.attributes.get("transA", 0):
+            return None
+        return weight if node.op_type == "Conv" or len(weight.shape) == 2 else None
+
+    def values(self) -> list[str]:
+        """The values that are rounded, in the graph's order."""
+        return quantised_values(self.draft, self.found, self.operators)
+
+    def visit(self, node: Node) -> None:
+        """Put integers in before a node that was found."""
+        weight = self.found.get(id(node))
+        if weight is not None:
+            self.activations.product(node, weight)
+        elif node.op_type in OTHERS and node.op_type in self.operators and not node.domain:
+            self.activations.other(node)
+
+
 def _finished(draft: Draft, stored: Stored, report: Report) -> Draft:
     if not stored.made:
         raise UsageError(
             "nothing to quantise: the model has no MatMul, Gemm or Conv with a constant float "
             "weight that is not kept"
         )
-    graph: Graph = stored.rewriter.finish(_OPSET)
+    graph = stored.rewriter.finish(_OPSET)
     if graph is draft.graph:
         raise UnsupportedError(
             f"the model's opset {draft.graph.opset.get('')} cannot be raised to {_OPSET}, which "
@@ -117,143 +183,37 @@ def _finished(draft: Draft, stored: Stored, report: Report) -> Draft:
     return draft.with_(graph, stored.made)
 
 
-class _Dynamic:
-    """The edits of `dynamic`."""
-
-    def __init__(self, draft: Draft, options: IntegerOptions) -> None:
-        self.rewriter = Rewriter(draft.graph, draft.read)
-        self.stored = Stored(self.rewriter)
-        self.constants = Constants(draft, self.rewriter, options.keep)
-        self.asymmetric = options.asymmetric
-        self._inputs: dict[str, Node] = {}
-        self._weights: dict[tuple[str, bool], list[str]] = {}
-
-    def visit(self, node: Node) -> None:
-        """Replace the node, if it is one with a constant weight."""
-        if node.domain or node.op_type not in PRODUCTS:
-            return
-        weight = self.constants.weight(node)
-        if weight is None:
-            return
-        if node.op_type == "Conv":
-            self._conv(node, weight)
-        elif len(weight.shape) == 2 and _is_plain(node):
-            self._product(node, weight)
-
-    def _product(self, node: Node, weight: Constant) -> None:
-        bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        turned = bool(node.attributes.get("transB", 0))
-        integers, scales, *zeros = self._matrix(weight, turned)
-        x, new = self._quantised(node.inputs[0])
-        inputs = (x.outputs[0], integers, x.outputs[2], *zeros)
-        self._put(node, [*new, self._node("MatMulInteger", inputs, node)], x, scales, bias)
-
-    def _matrix(self, weight: Constant, turned: bool) -> list[str]:
-        """Names of integers (K, N), scales (N,) and zero points, if there are."""
-        key = (weight.name, turned)
-        if key not in self._weights:
-            if turned:
-                weight = replace(
-                    weight, shape=weight.shape[::-1], make=_transposed(weight),
-                    name=f"{weight.name}.transposed",
-                )  # fmt: skip
-            n, make = (weight.shape[1],), unsigned if self.asymmetric else signed
-            dtype = "uint8" if self.asymmetric else "int8"
-            parts = [("int", dtype, weight.shape), ("scale", "float32", n), ("zero", dtype, n)]
-            self._weights[key] = self.stored.integers(
-                weight, lambda w: make(w, 1), parts[: 3 if self.asymmetric else 2]
-            )
-        return self._weights[key]
-
-    def _conv(self, node: Node, weight: Constant) -> None:
-        bias = self.constants.read(node.inputs[2]) if len(node.inputs) > 2 else None
-        absent = len(node.inputs) < 3 or not node.inputs[2]
-        if int(np.prod(weight.shape[1:])) < _LEAST_SUM or (bias is None and not absent):
-            return
-        key, along = (weight.name, False), (-1, *(1,) * (len(weight.shape) - 2))
-        if key not in self._weights:
-            m = (weight.shape[0], *along[1:])
-            parts = [("int", "uint8", weight.shape), ("scale", "float32", m), ("zero", "uint8", ())]
-            self._weights[key] = self.stored.integers(weight, lambda w: around_128(w, 0), parts)
-        integers, scales, zero = self._weights[key]
-        added = "" if bias is None else self._along(bias, along)
-        x, new = self._quantised(node.inputs[0])
-        inputs = (x.outputs[0], integers, x.outputs[2], zero)
-        product = self._node("ConvInteger", inputs, node, **node.attributes)
-        self._put(node, [*new, product], x, scales, added)
-
-    def _along(self, bias: Constant, along: tuple[int, ...]) -> str:
-        shape = (bias.shape[0], *along[1:])
-        make = bias.make
-        return self.stored.add(
-            f"{bias.name}.column", "float32", shape,
-            lambda: np.asarray(make(), np.float32).reshape(shape),
-        )  # fmt: skip
-
-    def _quantised(self, value: str) -> tuple[Node, list[Node]]:
-        """The DynamicQuantizeLinear of a value, and what has to be put in: it, or nothing."""
-        if value in self._inputs:
-            return self._inputs[value], []
-        outputs = tuple(self.rewriter.fresh(f"{value}.{w}") for w in ("uint8", "scale", "zero"))
-        name = self.rewriter.fresh(f"{value}.quantize")
-        node = Node("DynamicQuantizeLinear", (value,), outputs, {}, name)
-        self._inputs[value] = node
-        return node, [node]
-
-    def _node(self, op_type: str, inputs: tuple[str, ...], of: Node, **attributes: Any) -> Node:
-        return self.rewriter.node(op_type, inputs, f"{of.outputs[0]}.{op_type}", **attributes)
-
-    def _put(self, node: Node, nodes: list[Node], x: Node, scales: str, bias: str) -> None:
-        """Numbers of the integers, the last of `nodes` giving them, in the node's place."""
-        number = self._node("Cast", nodes[-1].outputs, node, to=_FLOAT)
-        scale = self._node("Mul", (x.outputs[1], scales), node)
-        factors = (number.outputs[0], scale.outputs[0])
-        if not bias:
-            last = Node("Mul", factors, node.outputs, {}, node.name)
-            self.rewriter.replace(node, *nodes, number, scale, last)
-            return
-        scaled = self._node("Mul", factors, node)
-        last = Node("Add", (scaled.outputs[0], bias), node.outputs, {}, node.name)
-        self.rewriter.replace(node, *nodes, number, scale, scaled, last)
+def _clipped(options: QuantiseOptions) -> float:
+    """The share of the elements, in percent, that is clipped at each end."""
+    if not 50 < options.percentile <= 100:
+        raise UsageError(f"--percentile {options.percentile}: not above 50 and at most 100")
+    return 100 - options.percentile
 
 
-class _Static:
-    """The edits of `static`."""
-
-    def __init__(self, draft: Draft, options: IntegerOptions) -> None:
-        self.rewriter = Rewriter(draft.graph, draft.read)
-        self.stored = Stored(self.rewriter)
-        self.constants = Constants(draft, self.rewriter, options.keep)
-        self.activations = Activations(self.rewriter, self.stored, self.constants)
-        self.found = {id(n): w for n in draft.graph.nodes if (w := self._weight(n, options))}
-        self.others = set(options.operators).intersection(OTHERS)
-        unknown = set(options.operators) - {*PRODUCTS, *OTHERS}
-        if unknown:
-            raise UsageError(
-                f"--operators: {', '.join(sorted(unknown))} cannot be computed in 8 bits; known "
-                f"are {', '.join((*PRODUCTS, *OTHERS))}"
-            )
-
-    def _weight(self, node: Node, options: IntegerOptions) -> Constant | None:
-        if node.domain or node.op_type not in options.operators or node.op_type not in PRODUCTS:
-            return None
-        weight = self.constants.weight(node)
-        return weight if weight and (node.op_type != "MatMul" or len(weight.shape) == 2) else None
-
-    def visit(self, node: Node) -> None:
-        """Put the integers in before a node that was found."""
-        weight = self.found.get(id(node))
-        if weight is not None:
-            self.activations.product(node, weight)
-        elif node.op_type in self.others and not node.domain:
-            self.activations.other(node)
+def _range_data(
+    draft: Draft, options: QuantiseOptions, path: Path, report: Report
+) -> dict[str, Range]:
+    """What the file says, or what it says once the model has been calibrated."""
+    if path.exists():
+        report(f"ranges of {path}, no calibration", None)
+        return read_ranges(path)
+    found = calibrated_values(draft, feeds_of(draft, options), _clipped(options), report)
+    data, partial = format_ranges(found), path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as e:
+        raise UsageError(f"--range-data {path}: cannot be written ({e.strerror})") from e
+    finally:
+        partial.unlink(missing_ok=True)
+    return read_ranges(path)
 
 
-def _is_plain(node: Node) -> bool:
-    """Whether a product is x W + bias as it stands."""
-    known = {"transA": 0, "alpha": 1.0, "beta": 1.0}
-    return all(node.attributes.get(name, value) == value for name, value in known.items())
+def _known(draft: Draft, values: list[str], ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges of values among those of operators.
 
-
-def _transposed(weight: Constant) -> Any:
-    return lambda: weight.make().T
+    OnnxStream keeps none of the graph's inputs: what reads one that has none stays in floats.
+    """
+    inputs = {value.name for value in draft.graph.inputs}
+    wanted = [name for name in values if name not in inputs or name in ranges]
+    return by_value(draft.graph, ranges, wanted, "range data")

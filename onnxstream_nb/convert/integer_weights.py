@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,9 @@ Array = np.ndarray[Any, Any]
 
 Part = tuple[str, str, tuple[int, ...]]
 """What a part of a quantised weight is called, its type and shape."""
+
+Keep = Callable[..., bool]
+"""Whether something of these names stays in floats."""
 
 PIECE = 1 << 22  # elements
 TINY = float(np.finfo(np.float32).tiny)
@@ -48,25 +50,23 @@ def signed(weight: Array, axis: int, least: Array | None = None) -> Integers:
     scales = np.maximum(-largest[0], largest[1]) / 127
     scales[scales == 0] = scales.max(initial=0) or 1.0
     scales = np.maximum(scales, TINY if least is None else np.maximum(least, TINY))
-    q = _rounded(weight, axis, scales.astype(np.float32), np.zeros(len(scales)), (-127, 127))
-    return Integers(q.astype(np.int8), scales.astype(np.float32), np.zeros(len(scales), np.int8))
+    scales, zeros = scales.astype(np.float32), np.zeros(len(scales), np.int8)
+    return Integers(_rounded(weight, axis, scales, zeros, (-127, 127)), scales, zeros)
 
 
 def around_128(weight: Array, axis: int) -> Integers:
     """The integers of `signed`, as uint8 with one zero point, 128: onnxruntime's ConvInteger takes
     nothing else."""
     found = signed(weight, axis)
-    q = (found.q.astype(np.int16) + 128).astype(np.uint8)
-    return Integers(q, found.scales, np.array(128, np.uint8))
+    return Integers(found.q.view(np.uint8) ^ 128, found.scales, np.array(128, np.uint8))
 
 
 def unsigned(weight: Array, axis: int) -> Integers:
     """uint8 with zero points: each output's own range, with zero in it."""
     low, high = _least_and_greatest(weight, axis)
     scales = np.maximum((high - low) / 255, TINY).astype(np.float32)
-    zeros = np.clip(np.rint(-low / scales), 0, 255)
-    q = _rounded(weight, axis, scales, zeros, (0, 255))
-    return Integers(q.astype(np.uint8), scales, zeros.astype(np.uint8))
+    zeros = np.clip(np.rint(-low / scales), 0, 255).astype(np.uint8)
+    return Integers(_rounded(weight, axis, scales, zeros, (0, 255)), scales, zeros)
 
 
 def _pieces(weight: Array, axis: int) -> Iterator[tuple[slice, Array]]:
@@ -93,8 +93,8 @@ def _least_and_greatest(weight: Array, axis: int) -> tuple[Array, Array]:
 def _rounded(
     weight: Array, axis: int, scales: Array, zeros: Array, bounds: tuple[int, int]
 ) -> Array:
-    """The weight in steps of its outputs' scales above their zeros, int16 of its shape."""
-    q = np.empty(weight.shape, np.int16)
+    """The weight in steps of its outputs' scales above their zeros, of their type."""
+    q = np.empty(weight.shape, zeros.dtype)
     by_output = np.moveaxis(q, axis, 0)
     for at, piece in _pieces(weight, axis):
         shape = (-1, *(1,) * (piece.ndim - 1))
@@ -117,7 +117,7 @@ class Constants:
     """The weights of a graph that may become integers: float matrices and convolution kernels that
     nothing else reads in another role (an embedding that is also the head stays as it is)."""
 
-    def __init__(self, draft: Draft, rewriter: Rewriter, keep: tuple[str, ...] = ()) -> None:
+    def __init__(self, draft: Draft, rewriter: Rewriter, keep: Keep) -> None:
         self._draft, self._rewriter, self._keep = draft, rewriter, keep
         self._tied = _read_otherwise(draft.graph)
 
@@ -129,8 +129,7 @@ class Constants:
         found = self.read(node.inputs[index])
         if found is None or found.ref.key in self._tied:
             return None
-        names = (node.name, node.outputs[0], found.name, found.ref.name)
-        kept = any(fnmatchcase(name, pattern) for name in names for pattern in self._keep)
+        kept = self._keep(node.name, node.outputs[0], found.name, found.ref.name)
         return None if kept else found
 
     def read(self, value: str) -> Constant | None:

@@ -22,6 +22,7 @@ from onnxstream_nb.passes import (
     grouped,
     heads,
     identity,
+    integer_products,
     layer_norm,
     past,
     quantised,
@@ -43,9 +44,9 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    quantised.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite,
-    heads.rewrite_rotary, attention.rewrite, grouped.rewrite, past.rewrite,
-    heads.rewrite_attention, swish.rewrite,
+    integer_products.rewrite, quantised.rewrite, layer_norm.rewrite, rms_norm.rewrite,
+    gelu.rewrite, rotary.rewrite, heads.rewrite_rotary, attention.rewrite, grouped.rewrite,
+    past.rewrite, heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 
