@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-_OPSET = 13  # DequantizeLinear along an axis
+_DYNAMIC_OPSET = 11  # DynamicQuantizeLinear
+_STATIC_OPSET = 13  # DequantizeLinear along an axis
 
 
 def dynamic(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
@@ -47,7 +48,7 @@ def dynamic(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     step = DynamicProducts(draft, kept_by(draft, options.keep), options.asymmetric)
     for node in draft.graph.nodes:
         step.visit(node)
-    return _finished(draft, step.stored, report)
+    return _finished(draft, step.stored, _DYNAMIC_OPSET, report)
 
 
 def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
@@ -75,14 +76,33 @@ def with_rounded_activations(
     step.activations.ranges = ranges
     for node in draft.graph.nodes:
         step.visit(node)
-    return _finished(draft, step.stored, report)
+    return _finished(draft, step.stored, _STATIC_OPSET, report)
 
 
 def prepared(draft: Draft) -> Draft:
     """The draft with constants folded, and batch normalizations in the convolutions before them."""
     if not draft.made:  # a constant that only a draft makes has no bytes to see in another way
         draft = draft.with_(passes.clean(draft.graph, draft.read))
-    return fold_batch_norms(draft)
+    return fold_batch_norms(_with_last_axes(draft))
+
+
+def _with_last_axes(draft: Draft) -> Draft:
+    """The draft with every Softmax over its last axis. Before opset 13 all axes from one on were
+    taken as one: there they become one before it."""
+    if draft.graph.opset.get("", _STATIC_OPSET) >= _STATIC_OPSET:
+        return draft
+    rewriter = Rewriter(draft.graph, draft.read)
+    for node in draft.graph.nodes:
+        axis = node.attributes.get("axis", 1)
+        if node.op_type in ("Softmax", "LogSoftmax", "Hardmax") and not node.domain and axis != -1:
+            (x,), (y,) = node.inputs, node.outputs
+            shape = rewriter.node("Shape", (x,), f"{y}.shape")
+            flat = rewriter.node("Flatten", (x,), f"{y}.flat", axis=axis)
+            last = rewriter.node(node.op_type, flat.outputs, f"{y}.rows", axis=-1)
+            parts = (last.outputs[0], shape.outputs[0])
+            back = Node("Reshape", parts, node.outputs, {}, node.name)
+            rewriter.replace(node, shape, flat, last, back)
+    return draft.with_(rewriter.finish())
 
 
 def feeds_of(draft: Draft, options: QuantiseOptions) -> Iterator[Mapping[str, Array]]:
@@ -167,16 +187,16 @@ class StaticProducts:
             self.activations.other(node)
 
 
-def _finished(draft: Draft, stored: Stored, report: Report) -> Draft:
+def _finished(draft: Draft, stored: Stored, opset: int, report: Report) -> Draft:
     if not stored.made:
         raise UsageError(
             "nothing to quantise: the model has no MatMul, Gemm or Conv with a constant float "
             "weight that is not kept"
         )
-    graph = stored.rewriter.finish(_OPSET)
+    graph = stored.rewriter.finish(opset)
     if graph is draft.graph:
         raise UnsupportedError(
-            f"the model's opset {draft.graph.opset.get('')} cannot be raised to {_OPSET}, which "
+            f"the model's opset {draft.graph.opset.get('')} cannot be raised to {opset}, which "
             "quantisation needs; export it at a newer opset"
         )
     report("quantised", 1.0)
