@@ -7,7 +7,7 @@ that take it in integers read that, others the value itself.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,16 @@ def seen(
     return {name: each for name, each in ranges.items() if each is not None}
 
 
+@dataclass(frozen=True)
+class _Factor:
+    """A dequantised weight's name, what gives its scales, and lower limits of them, which may be
+    added until the weight is made."""
+
+    name: str
+    scales: Make
+    limits: list[Make]
+
+
 class Activations:
     """The edits that round activations and put integer weights before their operators."""
 
@@ -104,7 +114,8 @@ class Activations:
         self.rewriter, self.stored, self.constants = rewriter, stored, constants
         self.ranges: Mapping[str, Range] = {}
         self._rounded: dict[str, str] = {}
-        self._factors: dict[tuple[object, ...], tuple[str, str]] = {}
+        self._factors: dict[tuple[str, int], _Factor] = {}
+        self._biases: dict[tuple[str, str, float], str] = {}
 
     def product(self, node: Node, weight: Constant) -> None:
         """A product or convolution of rounded factors, if the activation's range is known."""
@@ -113,12 +124,14 @@ class Activations:
         new = list[Node]()
         x = self._round(node.inputs[0], new)
         axis = 0 if node.op_type == "Conv" or node.attributes.get("transB", 0) else 1
+        if (weight.name, axis) not in self._factors:
+            self._factors[weight.name, axis] = self._factor(weight, axis, new)
+        factor, inputs = self._factors[weight.name, axis], list(node.inputs)
+        inputs[:2] = x, factor.name
         bias = self._bias(node, weight.shape[axis])
-        key = (weight.name, axis, bias and (bias.name, node.inputs[0]))
-        if key not in self._factors:
-            self._factors[key] = self._factor(node, weight, axis, bias, new)
-        w, b = self._factors[key]
-        self._put(node, new, (x, w, *((b,) if b else node.inputs[2:])))
+        if bias is not None:
+            inputs[2] = self._shared_scale(factor, bias, node.inputs[0], new)
+        self._put(node, new, tuple(inputs))
 
     def other(self, node: Node) -> None:
         """An operator whose inputs are rounded as far as their ranges are known."""
@@ -153,34 +166,45 @@ class Activations:
         bias = None if scaled or not name else self.constants.read(name)
         return bias if bias is not None and bias.shape == (outputs,) else None
 
-    def _factor(
-        self, node: Node, weight: Constant, axis: int, bias: Constant | None, new: list[Node]
-    ) -> tuple[str, str]:
-        """The names of a dequantised weight and of its bias, the latter "" without one."""
-        scale, n = float(parameters(self.ranges[node.inputs[0]])[0]), (weight.shape[axis],)
+    def _factor(self, weight: Constant, axis: int, new: list[Node]) -> _Factor:
+        """A dequantised weight, which `new` makes."""
+        n, limits = (weight.shape[axis],), list[Make]()
 
         def quantise(floats: Array) -> Integers:
-            least = None if bias is None else np.abs(bias.make()) / (scale * _INT32)
+            least = np.max([limit() for limit in limits], axis=0) if limits else None
             return signed(floats, axis, least)
 
         parts = [("int", "int8", weight.shape), ("scale", "float32", n), ("zero", "int8", n)]
         names = self.stored.integers(weight, quantise, parts)
-        w = self._dequantised(names, new, axis=axis)
-        if bias is None:
-            return w, ""
-        scales = self.stored.made[names[1]]
-        return w, self._stored_bias(bias, lambda: scales() * np.float32(scale), new)
+        made = self._dequantised(names, new, axis=axis)
+        return _Factor(made, self.stored.made[names[1]], limits)
 
-    def _stored_bias(self, bias: Constant, scales: Make, new: list[Node]) -> str:
+    def _shared_scale(self, factor: _Factor, bias: Constant, x: str, new: list[Node]) -> str:
+        """The name of a bias as int32 in steps of the sum of products, which `new` makes; the
+        weight's steps become large enough for it."""
+        scale = float(parameters(self.ranges[x])[0])
+        key = (factor.name, bias.name, scale)
+        if key in self._biases:
+            return self._biases[key]
+
+        def steps() -> Array:
+            return np.asarray(factor.scales() * np.float32(scale), np.float32)
+
         def integers() -> Array:
-            steps = np.rint(np.asarray(bias.make(), np.float64) / scales())
-            return np.clip(steps, -_INT32, _INT32).astype(np.int32)
+            rounded = np.rint(np.asarray(bias.make(), np.float64) / steps())
+            return np.clip(rounded, -_INT32, _INT32).astype(np.int32)
 
+        def limits() -> Array:
+            within = np.abs(bias.make()).astype(np.float64) / (scale * _INT32)
+            return np.maximum(within, TINY / scale)
+
+        factor.limits.append(limits)
         names = (
             self.stored.add(f"{bias.name}.int", "int32", bias.shape, integers),
-            self.stored.add(f"{bias.name}.scale", "float32", bias.shape, scales),
+            self.stored.add(f"{bias.name}.scale", "float32", bias.shape, steps),
         )
-        return self._dequantised(names, new, axis=0)
+        self._biases[key] = self._dequantised(names, new, axis=0)
+        return self._biases[key]
 
     def _put(self, node: Node, new: list[Node], inputs: tuple[str, ...]) -> None:
         self.rewriter.replace(node, *new, replace(node, inputs=inputs))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..graph import Graph, WeightRef
+from ..passes import find_cache
 from ..progress import Report
 from .draft import Draft, Make
 
@@ -71,14 +72,24 @@ def _range(weight: Array) -> tuple[float, float] | None:
 
 
 def as_floats(graph: Graph) -> set[str]:
-    """The weights that the exporter does not quantise, by what any of their readers does."""
+    """The weights that stay floats: those that the exporter does not quantise, by what any of their
+    readers does, and in language models all but matrices.
+
+    The exporter rounds the latter too; but rotary frequencies, which it never met, are of any
+    size: most of them would become zero, and a position could not be told from the next.
+    """
     names = {
         node.inputs[index]
         for node in graph.nodes
         for index in _FLOAT_INPUTS.get(node.op_type, ())
         if not node.domain and index < len(node.inputs)
     }
-    return names | {name for name, ref in graph.initializers.items() if ref.dtype != "float32"}
+    is_language_model = bool(find_cache(graph))
+    return names | {
+        name
+        for name, ref in graph.initializers.items()
+        if ref.dtype != "float32" or (is_language_model and sum(size > 1 for size in ref.shape) < 2)
+    }
 
 
 def uint8_weights(draft: Draft, report: Report) -> Draft:
