@@ -18,6 +18,7 @@ from onnxstream_nb.passes import (
     common,
     constants,
     dead,
+    expands,
     gelu,
     grouped,
     heads,
@@ -30,6 +31,8 @@ from onnxstream_nb.passes import (
     rms_norm,
     rotary,
     swish,
+    tables,
+    tanh,
 )
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
@@ -44,9 +47,9 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    integer_products.rewrite, quantised.rewrite, layer_norm.rewrite, rms_norm.rewrite,
-    gelu.rewrite, rotary.rewrite, heads.rewrite_rotary, attention.rewrite, grouped.rewrite,
-    past.rewrite, heads.rewrite_attention, swish.rewrite,
+    integer_products.rewrite, quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite,
+    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
+    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 
@@ -62,8 +65,10 @@ def clean(graph: Graph, read: Read) -> Graph:
 
 
 def with_quantised_weights(graph: Graph) -> Graph:
-    """The graph with every quantised matrix as one weight: to count what its weights are."""
-    return quantised.rewrite(graph, _unread)
+    """The graph with every stored matrix as one weight: to count what its weights are."""
+    for step in (constants.rewrite_views, quantised.rewrite, tables.rewrite):
+        graph = step(graph, _unread)
+    return graph
 
 
 def _unread(ref: WeightRef) -> NoReturn:
