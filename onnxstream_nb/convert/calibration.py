@@ -106,12 +106,14 @@ class Walk:
     """A pass over a draft's graph for many feeds at once, stopping at `targets`, which are to be
     asked for in the graph's order.
 
-    `group` is how many targets may be asked for at a time, by the size of the largest seen so far.
+    `group` is how many targets may be asked for at a time, by the size of the largest seen so far;
+    `ran` are the values that the pieces so far have computed.
     """
 
     def __init__(self, draft: Draft, feeds: Iterable[Feeds], targets: Iterable[str]) -> None:
         self.draft = draft
         self.group = 1
+        self.ran: set[str] = set()
         self._targets = list(targets)
         self._live = [dict(feed) for feed in feeds]
         self._known = {v.name for v in draft.graph.inputs}
@@ -127,7 +129,8 @@ class Walk:
         self.draft = draft or self.draft
         self._targets = [name for name in self._targets if name not in names]
         piece = _needed(self.draft.graph, names, self._known)
-        made = self._known.union(o for node in piece for o in node.outputs)
+        computed = {o for node in piece for o in node.outputs}
+        made = self._known | computed
         later = _needed(self.draft.graph, self._targets, made)
         read = {name for node in later for name in node_reads(node)} | set(self._targets)
         kept, wanted = read & made, set(names)
@@ -138,6 +141,7 @@ class Walk:
                 found = live | session.run(fed)
                 self._live[number] = {name: found[name] for name in kept}
                 yield {name: found[name] for name in names}
+        self.ran |= computed
         largest = max((found[name].nbytes for name in names), default=1) if self._live else 1
         self.group = max(1, HELD // max(1, largest))
 
