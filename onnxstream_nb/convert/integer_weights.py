@@ -119,7 +119,7 @@ class Constants:
 
     def __init__(self, draft: Draft, rewriter: Rewriter, keep: Keep) -> None:
         self._draft, self._rewriter, self._keep = draft, rewriter, keep
-        self._tied = _read_otherwise(draft.graph)
+        self._tied = _read_otherwise(draft)
 
     def weight(self, node: Node, index: int = 1) -> Constant | None:
         """The constant input of a product or convolution; None when there is none, or it or the
@@ -127,7 +127,7 @@ class Constants:
         if index >= len(node.inputs) or not node.inputs[index]:
             return None
         found = self.read(node.inputs[index])
-        if found is None or found.ref.key in self._tied:
+        if found is None or _key(self._draft, found.ref) in self._tied:
             return None
         kept = self._keep(node.name, node.outputs[0], found.name, found.ref.name)
         return None if kept else found
@@ -152,12 +152,17 @@ class Constants:
         return Constant(value, inner.shape, inner.make, inner.ref)
 
 
-def _read_otherwise(graph: Graph) -> set[tuple[object, ...]]:
+def _read_otherwise(draft: Draft) -> set[tuple[object, ...]]:
     """Keys of the weights that something but a product, a convolution or a cast reads."""
-    plain = ("MatMul", "Gemm", "Conv", "Cast", "Transpose", "Identity")
+    graph, plain = draft.graph, ("MatMul", "Gemm", "Conv", "Cast", "Transpose", "Identity")
     names = {i for n in graph.nodes if n.op_type not in plain for i in n.inputs}
     names |= {output.name for output in graph.outputs}
-    return {ref.key for name, ref in graph.initializers.items() if name in names and ref.shape}
+    return {_key(draft, ref) for name, ref in graph.initializers.items() if name in names}
+
+
+def _key(draft: Draft, ref: WeightRef) -> tuple[object, ...]:
+    """Equal for the same stored bytes; what a draft makes is stored by its own name."""
+    return (ref.name,) if ref.name in draft.made else ref.key
 
 
 class Latest:
