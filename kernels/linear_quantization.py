@@ -60,11 +60,13 @@ def quantize_linear(
 
 @op("DynamicQuantizeLinear", since=11)
 def dynamic_quantize_linear(x):
-    """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0."""
-    least, most = min(np.float32(0), x.min()), max(np.float32(0), x.max())
-    scale = np.asarray((most - least) / np.float32(255), np.float32)
-    zero = np.float32(0) if scale == 0 else np.clip(np.rint(-least / scale), 0, 255)
-    zero = np.asarray(zero).astype(np.uint8)
+    """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0.
+
+    Where there is no range the scale is 1, as onnxruntime's.
+    """
+    least, most = x.min(initial=np.float32(0)), x.max(initial=np.float32(0))
+    scale = np.asarray((most - least) / np.float32(255) or 1, np.float32)
+    zero = np.clip(np.rint(-least / scale), 0, 255).astype(np.uint8)
     return quantize_linear(x, scale, zero), scale, zero
 
 

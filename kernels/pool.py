@@ -71,7 +71,7 @@ def _channels(values, x):
     return values.reshape(1, -1, *(1,) * (x.ndim - 2))
 
 
-@op("BatchNormalization", since=7)
+@op("BatchNormalization", since=9)
 def batch_normalization(
     x, scale, b, input_mean, input_var, *, epsilon=1e-5, momentum=0.9, training_mode=0, n_outputs=1
 ):

@@ -37,11 +37,10 @@ _INT32 = 2**31 - 1
 
 
 def parameters(found: Range) -> tuple[np.float32, np.uint8]:
-    """Scale and zero point of uint8 for a range, into which zero is taken: it stays exact."""
+    """Scale and zero point of uint8 for a range, into which zero is taken: it stays exact. What was
+    always zero is taken to be at most 1."""
     low, high = min(found.low, 0.0), max(found.high, 0.0)
-    scale = np.float32((high - low) / 255)
-    if scale < TINY:
-        scale = np.float32(1.0 if high == low else TINY)
+    scale = np.float32(max((high - low) / 255, TINY) if high > low else 1 / 255)
     return scale, np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
 
 

@@ -49,7 +49,7 @@ def feeds_of_files(path: str | Path, graph: Graph, least: int = 1) -> Iterator[d
 
 def _read(file: Path) -> dict[str, Array]:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UsageError(f"{file}: not a readable .npz file ({e}); {_FORM}") from e
