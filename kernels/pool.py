@@ -83,7 +83,7 @@ def batch_normalization(
     return y.astype(x.dtype, copy=False)
 
 
-@op("InstanceNormalization")
+@op("InstanceNormalization", since=6)
 def instance_normalization(x, scale, b, *, epsilon=1e-5):
     """x (N, C, *S), scale and b (C,) -> (N, C, *S), each channel of each N by its statistics."""
     wide = x.astype(np.float64)
