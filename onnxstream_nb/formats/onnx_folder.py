@@ -18,7 +18,7 @@ from ..graph import Graph, WeightRef
 from ..progress import Report
 from .onnx_tensors import stored_bytes
 from .onnx_write import NUMBERS, PAGE, PROTOBUF_LIMIT, all_weights, model_proto
-from .sink import Data, Folder, Sink
+from .sink import Data, Folder, Sink, view_of
 
 Raw = Callable[[WeightRef], Iterable[Data]]
 """A weight -> its raw_data, as `Draft.raw` gives it."""
@@ -133,7 +133,7 @@ class _Told:
         before = self.done
         for piece in data:
             yield piece
-            self.done += memoryview(piece).nbytes
+            self.done += len(view_of(piece))
             self.report(f"writing {ref.name}", self.done / self.total if self.total else None)
         if self.done - before != size:
             raise ModelError(
@@ -145,9 +145,7 @@ class _Told:
 class _Shards:
     """The data files of a folder, filled one after the other."""
 
-    def __init__(
-        self, raw: Raw, folder: Folder, stack: ExitStack, told: _Told, most: int
-    ) -> None:
+    def __init__(self, raw: Raw, folder: Folder, stack: ExitStack, told: _Told, most: int) -> None:
         self.raw, self.folder, self.stack, self.told, self.most = raw, folder, stack, told, most
         self.count = self.size = 0
         self.file: Sink | None = None
