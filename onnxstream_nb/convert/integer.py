@@ -28,6 +28,7 @@ from .feeds import feeds_of_files
 from .integer_dynamic import DynamicProducts
 from .integer_weights import Constant, Constants, Keep, Stored
 from .ranges import Range, by_value, format_ranges, read_ranges
+from .smooth import smoothed
 
 if TYPE_CHECKING:
     from .quantise import QuantiseOptions
@@ -42,9 +43,12 @@ def dynamic(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     """The draft with MatMulInteger and ConvInteger in the place of products and convolutions with
     constant weights, their activations quantised at every run.
 
-    Raises UsageError when there is nothing to quantise.
+    With a calibration text, outliers of activations go into weights before that. Raises UsageError
+    when there is nothing to quantise.
     """
     draft = prepared(draft)
+    if options.text is not None and options.tokenizer is not None:
+        draft = smoothed(draft, feeds_of(draft, options), report)
     step = DynamicProducts(draft, kept_by(draft, options.keep), options.asymmetric)
     for node in draft.graph.nodes:
         step.visit(node)
@@ -55,10 +59,14 @@ def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     """The draft with QuantizeLinear and DequantizeLinear before its products and convolutions, by
     ranges of range data or seen on calibration data: activations uint8, weights int8, biases int32.
 
-    Range data that is not there yet is written, and holds all floats that the model computes.
+    Range data that is not there yet is written, and holds all floats that the model computes. In
+    language models, outliers of activations go into weights before that, unless there is range
+    data: it says what the model itself computes.
     Raises UsageError when there is nothing to quantise, or neither range data nor calibration data.
     """
     draft = prepared(draft)
+    if options.range_data is None and options.feeds is None:
+        draft = smoothed(draft, feeds_of(draft, options), report)
     step = StaticProducts(draft, kept_by(draft, options.keep))
     values = step.values()
     if options.range_data is None:

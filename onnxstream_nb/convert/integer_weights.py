@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ModelError
-from ..graph import Graph, Node, WeightRef
+from ..graph import Node, WeightRef
 from ..passes.rewriting import Rewriter
 from .draft import Draft, Make, placeholder
 
