@@ -234,6 +234,10 @@ CONVERT = (
     ),
     *ROUNDING, JSON,
 )  # fmt: skip
+VOCAB = (
+    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
+    OUTPUT[1],
+)
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -263,6 +267,12 @@ VERBS: Mapping[str, Verb] = {
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "convert": Verb(
         "cli.convert:convert", "write a model in another format or type", CONVERT, "required"
+    ),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        VOCAB,
+        "required",
     ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
