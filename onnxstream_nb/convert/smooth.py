@@ -49,7 +49,8 @@ def smoothed(draft: Draft, feeds: Iterable[Mapping[str, Array]], report: Report)
 def _ways(draft: Draft) -> dict[str, tuple[Sequence[Matrix], tuple[Fold, ...]]]:
     """The values that can be divided, the matrices that read them, and where the factor goes."""
     matrices = find(draft)
-    folding, ways = Folding(draft.graph, matrices), {}
+    folding = Folding(draft.graph, matrices)
+    ways: dict[str, tuple[Sequence[Matrix], tuple[Fold, ...]]] = {}
     for value in dict.fromkeys(m.input for m in matrices if m.input):
         readers = folding.readers(value)
         if readers:
@@ -65,4 +66,5 @@ def _factor(largest: Array, matrices: Iterable[Array]) -> Array:
     weights = np.max([np.abs(rows).max(axis=0) for rows in matrices], axis=0).astype(np.float64)
     x, w = (np.maximum(v, _LEAST * (v.max() or 1.0)) for v in (largest.astype(np.float64), weights))
     factor: Array = np.sqrt(x / w)
-    return factor / np.exp(np.log(factor).mean())
+    factor /= np.exp(np.log(factor).mean())
+    return factor
