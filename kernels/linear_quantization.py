@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..registry import op
+from .bytes_of_floats import dequantized, evaluate, quantized, quantized_by_range
 from .cast import convert
 from .dtypes import numpy_dtype
 from .matmul import matmul
@@ -31,9 +32,17 @@ def _bounds(dtype):
     return ml_dtypes.iinfo(dtype)
 
 
-@op("DequantizeLinear", since=10)
+def lower_dequantize(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, output_dtype=0):
+    """Bytes with one scale and zero point."""
+    return dequantized(x, x_scale, x_zero_point) if output_dtype in (0, 1) else None
+
+
+@op("DequantizeLinear", since=10, uses=("dequantize_u8",), lower=lower_dequantize)
 def dequantize_linear(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, output_dtype=0):
     """x (...), scale, zero point -> (...): (x - zero point) scale, in the scale's type."""
+    rows = lower_dequantize(x, x_scale, x_zero_point, output_dtype=output_dtype)
+    if rows is not None:
+        return evaluate(rows)
     y = x.astype(np.float32)
     if x_zero_point is not None:
         y -= spread(x_zero_point, x, axis, block_size).astype(np.float32)
@@ -41,11 +50,21 @@ def dequantize_linear(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, ou
     return y.astype(numpy_dtype(output_dtype) if output_dtype else x_scale.dtype, copy=False)
 
 
-@op("QuantizeLinear", since=10)
+def lower_quantize(
+    x, y_scale, y_zero_point=None, *, axis=1, block_size=0, output_dtype=0, precision=0, saturate=1
+):
+    """Floats to bytes with one scale and zero point."""
+    return quantized(x, y_scale, y_zero_point) if precision in (0, 1) else None
+
+
+@op("QuantizeLinear", since=10, uses=("quantize_u8",), lower=lower_quantize)
 def quantize_linear(
     x, y_scale, y_zero_point=None, *, axis=1, block_size=0, output_dtype=0, precision=0, saturate=1
 ):
     """x (...), scale, zero point -> (...): x / scale, rounded to even, + zero point, in range."""
+    rows = lower_quantize(x, y_scale, y_zero_point, precision=precision)
+    if rows is not None:
+        return evaluate(rows)
     dtype = numpy_dtype(output_dtype) if output_dtype else np.dtype(np.uint8)
     dtype = dtype if y_zero_point is None else y_zero_point.dtype
     wide = numpy_dtype(precision) if precision else np.dtype(np.float32)
@@ -65,16 +84,13 @@ def _whole(dtype):
     return dtype if dtype.kind in "iu" else np.int8
 
 
-@op("DynamicQuantizeLinear", since=11)
+@op("DynamicQuantizeLinear", since=11, uses=("range_u8", "quantize_u8"), lower=quantized_by_range)
 def dynamic_quantize_linear(x):
     """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0.
 
     Where there is no range the scale is 1, as onnxruntime's.
     """
-    least, most = x.min(initial=np.float32(0)), x.max(initial=np.float32(0))
-    scale = np.asarray((most - least) / np.float32(255) or 1, np.float32)
-    zero = np.clip(np.rint(-least / scale), 0, 255).astype(np.uint8)
-    return quantize_linear(x, scale, zero), scale, zero
+    return evaluate(quantized_by_range(np.ascontiguousarray(x, np.float32).reshape(x.shape)))
 
 
 def _nibbles(packed):
