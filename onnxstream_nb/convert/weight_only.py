@@ -74,7 +74,7 @@ def activation_aware(draft: Draft, options: QuantiseOptions, report: Report) -> 
     """Rounded to nearest after the channels that matter have been made larger: see awq.py."""
     plan = _plan(draft, options)
     found = awq.search(
-        _calibration(plan, options, report), plan.matrices, plan.search, _windows(options)
+        _calibration(plan, options, report), plan.matrices, plan.search, _windows(plan, options)[1]
     )
     folded = awq.fold(plan.draft, found)
     plan = replace(plan, draft=folded, matrices=tuple(find(folded)))
@@ -129,16 +129,18 @@ def _grid(matrix: Matrix, dtype: str, options: QuantiseOptions) -> Grid:
     return Grid(bits, options.block, options.asymmetric, scales)
 
 
-def _windows(options: QuantiseOptions) -> int:
-    return max(1, options.tokens // min(options.window, options.tokens))
+def _windows(plan: Plan, options: QuantiseOptions) -> tuple[int, int]:
+    """Tokens of a window, within what the model was made for, and how many windows."""
+    context = int(plan.draft.graph.metadata.get("context_length") or options.window)
+    window = min(options.window, options.tokens, context)
+    return window, max(1, options.tokens // window)
 
 
 def _calibration(plan: Plan, options: QuantiseOptions, report: Report) -> Calibration:
     assert options.text is not None and options.tokenizer is not None  # QuantiseOptions sees to it
     feeds = feeds_of_text(
-        plan.draft.graph, options.tokenizer, options.text, min(options.window, options.tokens),
-        _windows(options), options.source,
-    )  # fmt: skip
+        plan.draft.graph, options.tokenizer, options.text, *_windows(plan, options), options.source
+    )
     return Calibration(plan.draft, plan.layers(), feeds, report)
 
 
