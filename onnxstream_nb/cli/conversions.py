@@ -82,3 +82,26 @@ QUANTIZE = (
         number(50, 100), "P",
     ),
 )  # fmt: skip
+VOCAB = (
+    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
+    OUTPUT[1],
+)
+EXPORT = (
+    *OUTPUT,
+    Option(
+        ("--exporter",),
+        "opset14: by tracing, decomposed operators that every engine knows; opset23: by"
+        " torch.export, with Attention, RMSNormalization and RotaryEmbedding; default opset14",
+        choice("opset14", "opset23"), "KIND", default="opset14",
+    ),
+    Option(
+        ("--dtype",), "how weights are stored; default: as the model's files have them",
+        choice("fp32", "fp16", "bf16"), "TYPE",
+    ),
+    Option(
+        ("--module",),
+        "export any other PyTorch module: a function of an importable package that returns"
+        " (module, example inputs) and, if it likes, a dict of names and dynamic axes",
+        text, "PKG:FACTORY",
+    ),
+)  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .conversions import CONVERT, QUANTIZE
+from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
 from .options import Option, choice, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
@@ -217,6 +217,12 @@ VERBS: Mapping[str, Verb] = {
         PERPLEXITY,
         "required",
     ),
+    "export": Verb(
+        "cli.export:export",
+        "a PyTorch model to ONNX, compared with PyTorch",
+        (*EXPORT, JSON),
+        "optional",
+    ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "convert": Verb(
         "cli.convert:convert",
@@ -228,6 +234,12 @@ VERBS: Mapping[str, Verb] = {
         "cli.quantize:quantize",
         "round a model's weights to 8 or 4 bits",
         (*QUANTIZE, JSON),
+        "required",
+    ),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        VOCAB,
         "required",
     ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
