@@ -232,6 +232,16 @@ def test_feedback_reduces_the_error_of_outputs(block: int) -> None:
     )
 
 
+@pytest.mark.parametrize("k", [1, 7, 96, 97, 250])
+def test_the_factor_is_that_of_the_damped_inverse(k: int) -> None:
+    x = correlated(2 * k, k).astype(np.float64)
+    hessian = x.T @ x / len(x)
+    factor = factor_of(hessian).astype(np.float64)
+    hessian += 0.01 * hessian.diagonal().mean() * np.eye(k)
+    np.testing.assert_array_equal(np.tril(factor, -1), 0)
+    np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(k), atol=1e-4)
+
+
 def test_channels_without_inputs_and_few_inputs_are_no_obstacle() -> None:
     x = correlated(10, 64)  # a Hessian of rank 10
     x[:, 5] = 0

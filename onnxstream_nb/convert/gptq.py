@@ -30,6 +30,7 @@ from .matrices import read_rows
 Array = np.ndarray[Any, Any]
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
+SMALLEST_HALVED = 96
 MOST_DOUBLE = 8192  # K up to which H is inverted in float64
 
 
@@ -73,10 +74,24 @@ def factor_of(hessian: Array) -> Array:
     while True:
         diagonal += damping * mean
         try:
-            inverse: Any = np.linalg.inv(cast(Any, damped))
-            return cast(Array, np.linalg.cholesky(inverse).T.astype(np.float32))
+            # Backwards H = L L', so that forwards its inverse is U' U with U that of L.
+            lower: Array = np.linalg.cholesky(cast(Any, damped[::-1, ::-1]))
+            return np.ascontiguousarray(inverse_of_lower(lower)[::-1, ::-1], np.float32)
         except np.linalg.LinAlgError:  # not positive in this arithmetic: more damping helps
             damping *= 10
+
+
+def inverse_of_lower(matrix: Array) -> Array:
+    """The inverse of a lower triangular matrix (K, K), by halves: products, not a general solver."""
+    size = len(matrix)
+    if size <= SMALLEST_HALVED:
+        return cast(Array, np.tril(np.linalg.inv(cast(Any, matrix))))
+    half = size // 2
+    result = np.zeros_like(matrix)
+    result[:half, :half] = inverse_of_lower(matrix[:half, :half])
+    result[half:, half:] = inverse_of_lower(matrix[half:, half:])
+    result[half:, :half] = -result[half:, half:] @ (matrix[half:, :half] @ result[:half, :half])
+    return result
 
 
 class _Kept:
