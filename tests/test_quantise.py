@@ -288,3 +288,26 @@ def test_four_bits_are_packed_in_the_file() -> None:
     tensor = next(t for t in model_of(quantised(draft)).graph.initializer if t.name == "w.int4")
     assert tensor.data_type == onnx.TensorProto.INT4 and len(tensor.raw_data) == 64 * 8 // 2
     assert numpy_helper.to_array(tensor).dtype == ml_dtypes.int4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_are_rounded_some_at_a_time(transposed: bool, tmp_path: Any, monkeypatch: Any) -> None:
+    from onnxstream_nb.convert import elements
+    from onnxstream_nb.graph import Graph, Node, Value, WeightRef
+
+    rows = np.random.default_rng(4).standard_normal((50, 40)).astype(np.float16)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(rows.tobytes())
+    ref = WeightRef("w", (50, 40), "float32", path, 0, rows.nbytes, "float16")
+    node = Node("Gemm", ("x", "w"), ("y",), {"transB": 1})
+    if transposed:
+        from dataclasses import replace
+
+        ref = replace(ref, shape=(40, 50), transposed=True)
+        node = Node("MatMul", ("x", "w"), ("y",))
+    x, y = Value("x", "float32", (1, 40)), Value("y", "float32", (1, 50))
+    draft = Draft(Graph((node,), (x,), (y,), {"w": ref}, {"": 21}))
+    whole = {name: make_it() for name, make_it in quantised(draft, asymmetric=True).made.items()}
+    monkeypatch.setattr(elements, "PIECE", 40 * 7)
+    for name, make_it in quantised(draft, asymmetric=True).made.items():
+        np.testing.assert_array_equal(make_it(), whole[name])

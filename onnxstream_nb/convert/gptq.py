@@ -82,10 +82,10 @@ def factor_of(hessian: Array) -> Array:
 
 
 def inverse_of_lower(matrix: Array) -> Array:
-    """The inverse of a lower triangular matrix (K, K), by halves: products, not a general solver."""
+    """The inverse of a lower triangular matrix (K, K), by halves: mostly products."""
     size = len(matrix)
     if size <= SMALLEST_HALVED:
-        return cast(Array, np.tril(np.linalg.inv(cast(Any, matrix))))
+        return np.tril(np.linalg.inv(cast(Any, matrix)))
     half = size // 2
     result = np.zeros_like(matrix)
     result[:half, :half] = inverse_of_lower(matrix[:half, :half])

@@ -23,12 +23,13 @@ from .integer_forms import (
     Grid,
     Rounded,
     Written,
+    joined,
     write_dequantised,
     write_floats,
     write_nbits,
 )  # fmt: skip
 from .layers import Calibration, Layer, nearest
-from .matrices import Matrix, find, read_rows
+from .matrices import Matrix, find, read_strips
 from .quantise import FLOATS, QuantiseOptions
 
 Array = np.ndarray[Any, Any]
@@ -149,8 +150,9 @@ def _nearest(plan: Plan, importance: Mapping[str, Array] | None = None) -> Compu
     known = importance or {}
 
     def compute(matrix: Matrix, grid: Grid) -> Callable[[], Rounded]:
-        return lambda: nearest(
-            read_rows(plan.draft, matrix), known.get(matrix.name), grid, plan.search
+        return lambda: joined(
+            nearest(rows, known.get(matrix.name), grid, plan.search)
+            for rows in read_strips(plan.draft, matrix)
         )
 
     return {matrix.name: compute(matrix, grid) for matrix, grid in plan.chosen}
