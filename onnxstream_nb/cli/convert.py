@@ -63,10 +63,15 @@ def steps(options: Mapping[str, Any], report: Report) -> tuple[Step, ...]:
         dtype=options["dtype"],
         block=DEFAULT_BLOCK if options["block"] is None else options["block"],
         asymmetric=options["asymmetric"],
-        keep=tuple(_pair(text) for text in options["keep"] or ()),
+        keep=layers_kept(options),
         matmul_nbits=options["matmul_nbits"],
     )
     return (partial(quantise, options=asked, report=report),)
+
+
+def layers_kept(options: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What --keep says, as pairs of a pattern and a type."""
+    return tuple(_pair(text) for text in options["keep"] or ())
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -88,6 +93,7 @@ def facts(written: Written) -> dict[str, Any]:
         "seconds": round(written.seconds, 3),
         "mb_per_s": round(written.size_bytes / written.seconds / 1e6, 1),
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1),
+        "note": written.note,
     }
 
 
@@ -104,4 +110,4 @@ def summary(document: Mapping[str, Any]) -> str:
         f"time       {d['seconds']:.1f} s, {d['mb_per_s']:.0f} MB/s;"
         f" peak memory {d['peak_rss_mb']:.0f} MB",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"note       {d['note']}"] if d["note"] else lines)
