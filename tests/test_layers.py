@@ -32,7 +32,10 @@ ALLOWED: dict[str, set[str]] = {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
         "registry", "trace", "passes", "kvcache", "packed_file", "convert", PACKAGE,
     },
-    "convert": {"hub", "formats", "passes", "session", "registry", "tokenizer", "llm", PACKAGE},
+    "convert": {
+        "hub", "formats", "passes", "session", "registry", "tokenizer", "llm", "packed_file",
+        "weights", PACKAGE,
+    },
     "measure": {
         "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,
     },

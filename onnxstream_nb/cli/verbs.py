@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .options import Option, choice, number, numbers, size, text, truth, whole
+from .options import Option, choice, dimension, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
 
@@ -190,6 +190,17 @@ INSPECT = (
     ),
     LOADING[-1], JSON,
 )  # fmt: skip
+VERIFY = (
+    Option(
+        ("--size",),
+        "an open size of the inputs of a graph that is no language model, as NAME=N, or N for all"
+        " others; may be repeated; default 1",
+        dimension,
+        "SIZE",
+        repeat=True,
+    ),
+    *LOADING[:3], JSON,
+)  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -217,6 +228,12 @@ VERBS: Mapping[str, Verb] = {
         "required",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "verify": Verb(
+        "cli.verify:verify",
+        "check a model's files, weights and tokenizer, and a forward pass",
+        VERIFY,
+        "required",
+    ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),
     "show": Verb("cli.report:show", "what is known about a model", (JSON,), "required"),
