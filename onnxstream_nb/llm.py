@@ -62,54 +62,63 @@ class LanguageModel:
             progress("reading the model", None)
         graph = passes.optimize(load_graph(model), decode_constant)
         self.graph = passes.rewrite_logit_rows(graph)
-        pairs = passes.find_cache(self.graph)
-        if not pairs:
-            raise UnsupportedError(
-                f"{graph.name or model}: the graph has no past/present inputs and outputs, so it "
-                "cannot generate text; export it with its cache (use_cache, with past)"
-            )
-        self.context = _context(graph, context)
-        self.pairs, self._encoding = pairs, kv_cache
-        past = {p.past_input for p in pairs}
-        self._inputs = [v for v in self.graph.inputs if v.name not in past]
-        presents = {p.present_output for p in pairs}
-        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        self.context, self._encoding = _context(graph, context), kv_cache
+        self._find_values(f"{graph.name or model}")
         self.every_position = _gives_every_position(graph)
-        _check_inputs(self._inputs)
         self.tokens: list[int] = []
         self.passes = 0
         self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         self._begun = 0  # passes that the provider had begun before this one
-        positions = self.context if ram is not None else min(self.context, RESERVED_POSITIONS)
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
         windows = 2 * (threads or physical_cores())  # shares of the thread team
-        reserve = bytes_resident(self.graph, pairs, positions, kv_cache, windows=windows)
         spill = None if ram is None or kv_spill is None else Path(kv_spill)
-        if spill is None or sequences > 1:
-            reserve = [sequences * reserve[0]]
+        reserve = self._reserve(ram is not None, windows, sequences, spill is not None)
         self._has_budget = ram is not None
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, optimize=False, reserve=reserve, packed=packed, progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
-        self.full_cache_bytes = bytes_at(self.graph, pairs, self.context, kv_cache)
+        self.full_cache_bytes = self.cache_bytes_at(self.context)
         if progress is not None and self.session.reserve < reserve[0]:
             progress("setting aside room on disk for the context", None)
+        self._cache = self._open_cache(spill, windows)
+        # Only Attention appends to its slots; a present computed otherwise is carried over here.
+        self._carried = {
+            slot: p.present_output
+            for p in self.pairs
+            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
+        }
+
+    def _find_values(self, name: str) -> None:
+        """What of the graph's inputs and outputs is the cache, what the ids and the logits."""
+        self.pairs = passes.find_cache(self.graph)
+        if not self.pairs:
+            raise UnsupportedError(
+                f"{name}: the graph has no past/present inputs and outputs, so it "
+                "cannot generate text; export it with its cache (use_cache, with past)"
+            )
+        past = {p.past_input for p in self.pairs}
+        self._inputs = [v for v in self.graph.inputs if v.name not in past]
+        presents = {p.present_output for p in self.pairs}
+        self._logits = next(v for v in self.graph.outputs if v.name not in presents)
+        _check_inputs(self._inputs)
+
+    def _reserve(self, has_budget: bool, windows: int, sequences: int, spills: bool) -> list[int]:
+        """Bytes to set aside for the cache: the most, and less where the rest can be spilled."""
+        positions = self.context if has_budget else min(self.context, RESERVED_POSITIONS)
+        choices = bytes_resident(self.graph, self.pairs, positions, self._encoding, windows=windows)
+        return choices if spills and sequences == 1 else [sequences * choices[0]]
+
+    def _open_cache(self, spill: Path | None, windows: int) -> KVCache:
         try:
-            self._cache = KVCache(
-                self.graph, pairs, kv_cache, self.context,
+            return KVCache(
+                self.graph, self.pairs, self._encoding, self.context,
                 resident=self.session.reserve, spill=spill, windows=windows,
             )  # fmt: skip
         except BaseException:
             self.session.close()
             raise
-        # Only Attention appends to its slots; a present computed otherwise is carried over here.
-        self._carried = {
-            slot: p.present_output
-            for p in pairs
-            if isinstance(slot := self._cache.slots[p.past_input], ArraySlot)
-        }
 
     @property
     def vocab_size(self) -> int:
@@ -120,7 +129,7 @@ class LanguageModel:
     @property
     def streams(self) -> bool:
         """Whether every pass reads weights anew, those that are not kept."""
-        return bool(getattr(self.session.provider, "bytes_a_pass", 0))
+        return self.session.stream is not None
 
     @property
     def bytes_per_token(self) -> int:
@@ -143,20 +152,20 @@ class LanguageModel:
     @property
     def bytes_streamed(self) -> int:
         """Bytes read from disk so far, in passes; 0 when every weight stays where it is."""
-        provider: Any = self.session.provider
-        return int(provider.bytes_read) if self.streams else 0
+        stream = self.session.stream
+        return stream.bytes_read if stream is not None else 0
 
     def reading(self) -> Reading | None:
         """The pass under way, for whoever looks from another thread; None between two."""
         tokens, wanted, now = len(self.tokens), self._wanted, self._now
         if not now:
             return None
-        provider: Any = self.session.provider
-        pass_bytes = getattr(provider, "bytes_a_pass", 0)
-        if not pass_bytes:
+        stream = self.session.stream
+        if stream is None:
             return Reading("", 0, 0, 0, tokens, wanted, now)
-        read = provider.pass_read if provider.passes > self._begun else 0
-        return Reading(provider.reading, self.bytes_streamed, read, pass_bytes, tokens, wanted, now)
+        read = stream.pass_read if stream.passes > self._begun else 0
+        whole = stream.bytes_a_pass
+        return Reading(stream.reading, stream.bytes_read, read, whole, tokens, wanted, now)
 
     @property
     def cache_room(self) -> int:
@@ -221,7 +230,8 @@ class LanguageModel:
         for value in self._inputs:
             feeds[value.name] = _feed(value, ids, past, rows)
         wanted = [self._logits.name, *self._carried.values()]
-        self._begun = getattr(self.session.provider, "passes", 0)
+        stream = self.session.stream
+        self._begun = 0 if stream is None else stream.passes
         self._now = len(ids)
         try:
             result = self.session.run(feeds, wanted, stop=stop)

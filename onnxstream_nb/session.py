@@ -24,6 +24,7 @@ from .lowering import TABLE_BYTES, Replay
 from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan
 from .registry import lookup
+from .streaming import StreamProvider
 from .weights import Weight, WeightsProvider, numpy_dtype
 
 if TYPE_CHECKING:
@@ -103,13 +104,9 @@ class Session:
         peak = peak_rss()
         graph = load_graph(model)
         self.graph = passes.optimize(graph, decode_constant) if optimize else graph
-        self.threads = _thread_count(threads)
-        if device != "cpu":
-            raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
+        self.threads, self.precision = _thread_count(threads), precision
+        _check_choices(device, precision)
         packer = internal("Panels")()
-        if precision not in PRECISIONS:
-            raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
-        self.precision = precision
         prepare = partial(internal("PrepareKernels"), workers=physical_cores(), progress=progress)
         internal("Threads")(self.threads)
         if packed is not None:
@@ -126,13 +123,11 @@ class Session:
         if holding.slots:
             prepare(self.plan.kernels)
         self.provider: WeightsProvider = make_provider(self.plan, holding, packer, progress)
-        self.chunk = holding.chunk
-        self._lock = threading.Lock()
-        self._closed = False
+        self.chunk, self._has_budget = holding.chunk, ram is not None
+        self._lock, self._closed = threading.Lock(), False
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
-        self._arena, self._has_budget = internal("Arena")(), ram is not None
-        self._decode = internal("Decode")
+        self._arena, self._decode = internal("Arena")(), internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
 
     @property
@@ -144,6 +139,14 @@ class Session:
     def outputs(self) -> tuple[Value, ...]:
         """What `run` can return: name, element type and shape of each."""
         return self.graph.outputs
+
+    @property
+    def stream(self) -> StreamProvider | None:
+        """The provider, when it reads some weights anew in every run."""
+        provider = self.provider
+        if isinstance(provider, StreamProvider) and provider.bytes_a_pass:
+            return provider
+        return None
 
     def run(
         self,
@@ -302,6 +305,13 @@ def _next_tokens(feeds: Mapping[str, Any]) -> int:
     total = slots[0].shape[2] + 1  # what an attention mask covers
     sizes = {f.size for f in arrays}
     return tokens if tokens in sizes and sizes <= {tokens, total} else 0
+
+
+def _check_choices(device: str, precision: str) -> None:
+    if device != "cpu":
+        raise UsageError(f'device {device!r} is not supported by this version; use "cpu"')
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
 
 
 def _thread_count(threads: int | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from onnx_models import saved
 from session_models import deep, random
 from weight_files import pieces_of, process_of
 
-from onnxstream_nb import loading, streaming
+from onnxstream_nb import loading, session, streaming
 from onnxstream_nb.errors import Interrupted, ModelError
 from onnxstream_nb.files import room
 from onnxstream_nb.kvcache import bytes_at
 from onnxstream_nb.passes import find_cache
-from onnxstream_nb.session import Session
+from onnxstream_nb.session import Session, internal
 from onnxstream_nb.streaming import StreamProvider
 
 WIDE = Tiny(vocab=150, hidden=64, intermediate=160, layers=2, heads=4, kv_heads=2, head_dim=16)
@@ -240,3 +241,24 @@ def test_what_a_budget_holds_lasts(tmp_path: Path) -> None:
         everything = name in ("ram", "mmap", "all")
         assert all(found) if everything else not all(found), name
         model.close()
+
+
+@pytest.mark.parametrize(("load", "ram"), [("auto", "9GB"), ("stream", "9GB"), ("stream", None)])
+def test_kernels_are_compiled_before_weights_are_packed_with_them(
+    load: str, ram: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not prepared compiles in this process, without a word and with its memory."""
+    prepared: list[str] = []
+
+    def prepare(names: Sequence[str], **_: Any) -> None:
+        prepared.extend(names)
+
+    def service(name: str) -> Any:
+        return prepare if name == "PrepareKernels" else internal(name)
+
+    monkeypatch.setattr(session, "internal", service)
+    write_gguf(tmp_path / "m.gguf", Tiny(), "Q8_0")
+    with Session(tmp_path / "m.gguf", load=load, ram=ram) as opened:
+        plan = opened.plan
+        assert set(plan.panel_kernels if ram else plan.kernels) <= set(prepared)
+        assert set(plan.panel_kernels) - set(plan.kernels)

@@ -16,10 +16,11 @@ from perplexity_oracle import TINY, Held, tokenizer, two_models
 from tokenizer_fixtures import gguf_metadata, small_bpe, smollm2
 
 from onnxstream_nb import device, drafting
-from onnxstream_nb.drafting import beside, check_vocabulary
+from onnxstream_nb.drafting import MOST_GUESSES, beside, check_vocabulary
 from onnxstream_nb.errors import MemoryBudgetError, UsageError
 from onnxstream_nb.llm import LanguageModel, declared
 from onnxstream_nb.model import Model
+from onnxstream_nb.session import internal
 
 PROMPTS = ("the then there these this", "The quick brown fox isn't lazy", "x")
 
@@ -244,3 +245,7 @@ def test_which_graphs_give_every_position(held: Held) -> None:
     streamed = LanguageModel(held.paths[0], load="stream")
     assert streamed.streams
     streamed.close()
+
+
+def test_the_most_guesses_are_checked_in_one_pass_of_few_rows() -> None:
+    assert internal("FewRows")() == MOST_GUESSES + 1
