@@ -1,4 +1,4 @@
-"""A Hugging Face folder of a geometry: safetensors in shards, filled with random float16 weights."""
+"""A Hugging Face folder of a geometry: shards of safetensors, filled with random float16s."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The models that benchmarks run: files there are, and geometries filled with random weights.
 
 `NAME:DTYPE` is a catalogue model's geometry as a GGUF with random weights, written once and kept in
-the cache folder, under bench/; `NAME@N:DTYPE` has N of its layers. Its tokenizer is the default model's, cut to the vocabulary.
+the cache folder, under bench/; `NAME@N:DTYPE` has N of its layers. Its tokenizer is the
+default model's, cut to the vocabulary.
 """
 
 from __future__ import annotations

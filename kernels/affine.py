@@ -45,6 +45,8 @@ def geometry(ref):
     """The panels of a weight in parts, or None when it has none: blocks that no group fills or that
     are no power of two, an end that is no group, zero points that are no integers."""
     k, n = ref.shape
+    if ref.block_axis:
+        return None
     groups, each, bits = k // 32, ref.block // 32, BITS[ref.encoding]
     if not n or not k or k % 32 or any(part.dtype not in INTEGERS for part in ref.parts[2:]):
         return None

@@ -11,6 +11,7 @@ from .mapping import launch
 
 USES = ("decode_{encoding}",)
 SMALL_BYTES = 65536
+FEW = 64  # rows of a table at a time: what is made of them on the way stays small
 
 
 def is_plain(weight):
@@ -20,6 +21,8 @@ def is_plain(weight):
 
 def decode_rows(weight, ids=None):
     """Rows ids (M,) int64 of a stored weight, or all of them -> (M, K) float32."""
+    if weight.ref.parts:
+        return decode_table(weight, ids)
     stored = weight.ref.stored_shape
     k = stored[-1] if stored else 1
     n = int(np.prod(stored[:-1], dtype=np.int64)) if ids is None else ids.size
@@ -38,9 +41,26 @@ def decode_rows(weight, ids=None):
     return out
 
 
+def decode_table(weight, ids):
+    """Rows ids (M,) int64 of a table in parts -> (M, K) float32: integers less zero points, times
+    scales. Only those rows are read of one that is left in its file."""
+    k, block = weight.shape[1], weight.ref.block
+    out = empty((ids.size, k))
+    for start in range(0, ids.size, FEW):
+        values = out[start : start + FEW]
+        integers, scales, *zeros = weight.part_rows(ids[start : start + FEW])
+        values[:] = integers
+        for zero in zeros:
+            values -= np.repeat(zero.astype(np.float32), block, axis=1)[:, :k]
+        values *= np.repeat(scales.astype(np.float32), block, axis=1)[:, :k]
+    return out
+
+
 def decode_parts(weight):
     """A matrix (K, N) of integers, scales and zero points -> (N, K) or (K, N) as it is stored."""
     ref, by_rows = weight.ref, weight.transposed
+    if ref.block_axis:
+        return decode_table(weight, np.arange(ref.shape[0])).astype(ref.dtype, copy=False)
     integers, scales, *zeros = (decode(part) for part in weight.parts)
     values = np.ascontiguousarray(integers[: ref.shape[0]].T if by_rows else integers)
     values = values.astype(np.float32)

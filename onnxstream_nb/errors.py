@@ -32,6 +32,10 @@ class DownloadError(OnnxstreamError):
     """A download failed or a file is not what its hash says."""
 
 
+class OutputError(OnnxstreamError):
+    """A result cannot be written where it is wanted; nothing of it is left there."""
+
+
 class UsageError(OnnxstreamError, ValueError):
     """A flag, an option or an argument makes no sense; the message names it."""
 

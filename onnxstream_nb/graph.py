@@ -60,6 +60,7 @@ class WeightRef:
     The encodings "affine4" and "affine8" are a matrix (K, N) in `parts`, each with a place of its
     own: integers (K or more, N), scales (B or 1, N or 1) and zero points of such a shape, where
     there are any; `block` elements along K share a scale. `nbytes` is that of all parts.
+    A table's blocks run along its rows, `block_axis` 1: a matrix (V, D) whose parts are (V, ...).
 
     A matrix whose bytes are panels (kernels/panels.py) has `panel` bytes for every 16 of its N
     stored rows, the last of them filled up, and no parts; its `encoding` says what was packed.
@@ -77,6 +78,7 @@ class WeightRef:
     zero_point: int = 0
     parts: tuple[WeightRef, ...] = ()
     block: int = 0
+    block_axis: int = 0
     panel: int = 0
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, cast
 
@@ -102,8 +103,6 @@ class Weight:
     @property
     def T(self) -> Weight:  # noqa: N802 - numpy's name
         """The transposed matrix over the same bytes."""
-        from dataclasses import replace
-
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return Weight(replace(self.ref, shape=shape, transposed=not self.transposed), self.buffer)
 
@@ -114,6 +113,21 @@ class Weight:
         return tuple(
             Weight(part, self.buffer[end - part.nbytes : end])
             for part, end in zip(self.ref.parts, ends, strict=True)
+        )
+
+    def part_rows(self, ids: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+        """Rows ids (M,) of each part of a table (V, ...), as they are stored: (M, ...) each."""
+        if self.read_rows is None:
+            rows = [part.buffer.reshape(self.shape[0], -1)[ids] for part in self.parts]
+        else:
+            ends = accumulate(part.nbytes // self.shape[0] for part in self.ref.parts)
+            rows = np.split(self.read_rows(ids), [*ends][:-1], axis=1)
+        return tuple(
+            Weight(
+                replace(part, shape=(len(ids), part.shape[1])),
+                np.ascontiguousarray(found).reshape(-1),
+            ).stored()
+            for part, found in zip(self.ref.parts, rows, strict=True)
         )
 
     def stored(self) -> np.ndarray[Any, Any]:

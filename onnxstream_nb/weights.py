@@ -103,6 +103,9 @@ class DiskProvider:
         return Weight(ref, np.empty(0, np.uint8), partial(self._rows, ref))
 
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
+        if ref.parts:
+            wanted = [int(i) for i in ids]
+            return np.concatenate([self._rows(part, wanted) for part in ref.parts], axis=1)
         each = ref.nbytes // math.prod(ref.stored_shape[:-1])
         wanted = [int(i) for i in ids]
         unique = list(dict.fromkeys(wanted))
@@ -136,6 +139,8 @@ class MmapProvider:
         self._maps: dict[Path, np.ndarray[Any, Any]] = {}
 
     def get(self, ref: WeightRef) -> Weight:
+        if ref.block_axis:
+            return Weight(ref, np.empty(0, np.uint8), partial(self._rows, ref))
         if ref.parts:
             return Weight(ref, joined(ref, lambda part: self.get(part).buffer))
         if isinstance(ref.source, bytes):
@@ -150,6 +155,12 @@ class MmapProvider:
         if whole is None or end > whole.nbytes:
             whole = self._maps[ref.source] = self._map(ref.source)
         return Weight(ref, whole[ref.offset : end], lasting=True)
+
+    def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
+        """Rows of a table in parts, those of one part behind those of the other."""
+        parts = (self.get(part).buffer.reshape(ref.shape[0], -1) for part in ref.parts)
+        wanted = list(ids)
+        return np.concatenate([part[wanted] for part in parts], axis=1)
 
     def _map(self, path: Path) -> np.ndarray[Any, Any]:
         try:

@@ -139,12 +139,13 @@ def nbits(
     return Quantised(model, dense[:, :k].T, nbytes, added)
 
 
-def onnxruntime_s(model: onnx.ModelProto, feeds: dict[str, Array]) -> Array:
-    """The only output by onnxruntime, which rounds activations where it may fuse operators."""
+def onnxruntime_s(model: onnx.ModelProto, feeds: dict[str, Array], name: str = "") -> Array:
+    """The named output, or the first, by onnxruntime, which rounds activations where it may fuse
+    operators."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    result: Array = session.run(None, feeds)[0]
+    result: Array = session.run([name] if name else None, feeds)[0]
     return result
 
 

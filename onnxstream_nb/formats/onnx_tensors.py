@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ..errors import ModelError, UnsupportedError
 from ..graph import DTYPES, WeightRef
 from .external_data import ExternalFiles
 from .protobuf import LENGTH_KEY, OFFSET_KEY
+from .sink import Data
 
+_CHUNK = 8 << 20  # bytes that are written at a time
 _BITS = {
     "float32": 32, "uint8": 8, "int8": 8, "uint16": 16, "int16": 16, "int32": 32, "int64": 64,
     "bool": 8, "float16": 16, "float64": 64, "uint32": 32, "uint64": 64, "complex64": 64,
@@ -26,6 +29,39 @@ _BITS = {
 def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """How many bytes a raw tensor takes; 2- and 4-bit elements are packed."""
     return (math.prod(shape) * _BITS[dtype] + 7) // 8
+
+
+def raw_data(arrays: Iterable[np.ndarray[Any, Any]], dtype: str) -> Iterator[Data]:
+    """The raw_data of a tensor from its elements in C order, in pieces of at most _CHUNK bytes."""
+    bits = _BITS[dtype]
+    for array in arrays if bits >= 8 else _packed(arrays, bits):
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, data.nbytes, _CHUNK):
+            yield data[start : start + _CHUNK]
+
+
+def _packed(
+    arrays: Iterable[np.ndarray[Any, Any]], bits: int
+) -> Iterator[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Elements of 4 or 2 bits, several in a byte, the first in the lower bits."""
+    each = 8 // bits
+    rest = np.empty(0, np.uint8)
+    for array in arrays:
+        elements = np.concatenate([rest, np.ascontiguousarray(array).reshape(-1).view(np.uint8)])
+        whole = len(elements) // each * each
+        rest = elements[whole:]
+        yield _joined(elements[:whole].reshape(-1, each), bits)
+    if len(rest):
+        yield _joined(np.pad(rest, (0, each - len(rest)))[None], bits)
+
+
+def _joined(
+    elements: np.ndarray[Any, np.dtype[np.uint8]], bits: int
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    joined = elements[:, 0] & np.uint8(2**bits - 1)
+    for i in range(1, 8 // bits):
+        joined |= (elements[:, i] & np.uint8(2**bits - 1)) << np.uint8(i * bits)
+    return joined
 
 
 class Tensors:

@@ -26,9 +26,9 @@ METADATA_KEY = "onnxstream_nb.metadata"
 """The metadata property that holds, as JSON, the graph's metadata that are no strings."""
 
 _IR_VERSION = 10  # what onnxruntime 1.20 reads; newer operator sets may need more
-_NUMBERS = {name: number for number, name in DTYPES.items()}
-_PROTOBUF_LIMIT = 2**31 - 2**20
-_PAGE = 4096  # external tensors begin on a page, so that they can be mapped
+NUMBERS = {name: number for number, name in DTYPES.items()}
+PROTOBUF_LIMIT = 2**31 - 2**20
+PAGE = 4096  # external tensors begin on a page, so that they can be mapped
 
 
 def to_model_proto(graph: Graph, read: Read) -> onnx.ModelProto:
@@ -38,13 +38,13 @@ def to_model_proto(graph: Graph, read: Read) -> onnx.ModelProto:
     undone, and so is transposition. An encoded weight is therefore written as float32.
     Raises UsageError when the weights are more than a protobuf message can hold (2 GiB).
     """
-    total = sum(math.prod(r.shape) * _dtype(r.dtype).itemsize for r in _weights(graph))
-    if total > _PROTOBUF_LIMIT:
+    total = sum(math.prod(r.shape) * _dtype(r.dtype).itemsize for r in all_weights(graph))
+    if total > PROTOBUF_LIMIT:
         raise UsageError(
             f"the weights take {total} bytes, more than the 2 GiB of one protobuf file; "
             "write them with external=True"
         )
-    return _model(graph, lambda name, ref: _tensor(name, ref, read))
+    return model_proto(graph, lambda name, ref: _tensor(name, ref, read))
 
 
 def write(
@@ -70,7 +70,7 @@ def write(
     with _replacing(path) as file:
         with _replacing(data_path) as data:
             sink = _ExternalSink(data, data_path.name, threshold, read)
-            model = _model(graph, sink.tensor)
+            model = model_proto(graph, sink.tensor)
         file.write(model.SerializeToString())
 
 
@@ -86,7 +86,7 @@ class _ExternalSink:
         data = tensor.raw_data
         if len(data) < self.threshold:
             return tensor
-        offset = -(-self.file.tell() // _PAGE) * _PAGE
+        offset = -(-self.file.tell() // PAGE) * PAGE
         self.file.seek(offset)
         self.file.write(data)
         tensor.ClearField("raw_data")
@@ -108,16 +108,20 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def _weights(graph: Graph) -> Iterator[WeightRef]:
+def all_weights(graph: Graph) -> Iterator[WeightRef]:
+    """The initializers of a graph and of the bodies of its nodes."""
     yield from graph.initializers.values()
     for node in graph.nodes:
         for value in node.attributes.values():
             for body in value if isinstance(value, tuple) else (value,):
                 if isinstance(body, Graph):
-                    yield from _weights(body)
+                    yield from all_weights(body)
 
 
-def _model(graph: Graph, tensor: Callable[[str, WeightRef], TensorProto]) -> onnx.ModelProto:
+def model_proto(
+    graph: Graph, tensor: Callable[[str, WeightRef], TensorProto]
+) -> onnx.ModelProto:
+    """`graph` as a ModelProto; `tensor` gives each weight, by the initializer's name."""
     opsets = [helper.make_opsetid(d, v) for d, v in graph.opset.items()]
     needed: int = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     model = helper.make_model(
@@ -189,7 +193,7 @@ def _value(value: Value) -> onnx.ValueInfoProto:
 def _type(dtype: str, shape: Any = None) -> onnx.TypeProto:
     nested = re.fullmatch(r"(seq|optional)\((.*)\)", dtype)
     if nested is None:
-        return helper.make_tensor_type_proto(_NUMBERS[dtype], shape)
+        return helper.make_tensor_type_proto(NUMBERS[dtype], shape)
     make = {"seq": helper.make_sequence_type_proto, "optional": helper.make_optional_type_proto}
     return make[nested[1]](_type(nested[2]))
 
@@ -206,5 +210,5 @@ def _tensor(name: str, ref: WeightRef, read: Read) -> TensorProto:
 
 def _dtype(name: str) -> np.dtype[Any]:
     """The numpy type of a graph's element type; ml_dtypes has those that numpy lacks."""
-    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(_NUMBERS[name])
+    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(NUMBERS[name])
     return dtype

@@ -29,6 +29,7 @@ from onnxstream_nb.passes import (
     rms_norm,
     rotary,
     swish,
+    tables,
 )
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
@@ -43,8 +44,8 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    quantised.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite,
-    heads.rewrite_rotary, attention.rewrite, grouped.rewrite, past.rewrite,
+    quantised.rewrite, tables.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite,
+    rotary.rewrite, heads.rewrite_rotary, attention.rewrite, grouped.rewrite, past.rewrite,
     heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
@@ -61,8 +62,10 @@ def clean(graph: Graph, read: Read) -> Graph:
 
 
 def with_quantised_weights(graph: Graph) -> Graph:
-    """The graph with every quantised matrix as one weight: to count what its weights are."""
-    return quantised.rewrite(graph, _unread)
+    """The graph with every stored matrix as one weight: to count what its weights are."""
+    for step in (constants.rewrite_views, quantised.rewrite, tables.rewrite):
+        graph = step(graph, _unread)
+    return graph
 
 
 def _unread(ref: WeightRef) -> NoReturn:

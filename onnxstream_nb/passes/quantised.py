@@ -8,6 +8,7 @@ integers is never decoded as a whole, and everything else sees a matrix of float
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxstream_nb.errors import ModelError, UnsupportedError
@@ -17,6 +18,7 @@ from onnxstream_nb.passes.rewriting import Rewriter
 
 _BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 _SCALES = ("float32", "float16")
+_HALVES = ("float16", "bfloat16")  # how scales may be stored that are widened to float32
 _MIDDLE = {4: b"\x08", 8: b"\x80"}  # what MatMulNBits subtracts when there are no zero points
 _NBITS_ATTRIBUTES = ("K", "N", "accuracy_level", "bits", "block_size")
 
@@ -45,7 +47,7 @@ def _rewrite_product(rewriter: Rewriter, node: Node, made: dict[str, str]) -> No
     turned = bool(node.attributes.get("transB", 0))
     key = f"{node.inputs[1]} transposed" if turned else node.inputs[1]
     if key not in made:
-        ref = _dequantised(rewriter, node.inputs[1], turned)
+        ref = dequantised(rewriter, node.inputs[1], turned)
         if ref is None:
             return
         made[key] = rewriter.fresh(ref.name)
@@ -68,7 +70,7 @@ def _put(rewriter: Rewriter, node: Node, weight: str, bias: str) -> None:
 # -- DequantizeLinear ----------------------------------------------------------------------------
 
 
-def _dequantised(rewriter: Rewriter, value: str, turned: bool) -> WeightRef | None:
+def dequantised(rewriter: Rewriter, value: str, turned: bool) -> WeightRef | None:
     """The matrix (K, N) that a value, transposed when `turned`, is dequantised from; None when
     that is no matrix in parts: scales along K without blocks, or blocks along N."""
     while node := rewriter.made_by(value, "Transpose"):
@@ -77,34 +79,43 @@ def _dequantised(rewriter: Rewriter, value: str, turned: bool) -> WeightRef | No
         value, turned = node.inputs[0], not turned
     node = rewriter.made_by(value, "DequantizeLinear")
     refs = [rewriter.graph.initializers.get(name) for name in node.inputs if name] if node else []
-    found = [ref for ref in refs if ref is not None and ref.encoding == "raw"]
-    if node is None or len(found) != len(refs) or not _is_matrix(node, found):
+    found = [ref for ref in refs if ref is not None]
+    if node is None or len(found) != len(refs) or not is_matrix(node, found):
         return None
     parts = [_as_factor(node, ref, found[0], turned) for ref in found]
-    integers, *others = (part for part in parts if part is not None)
-    if len(others) != len(found) - 1:
+    known = [part for part in parts if part is not None]
+    if len(known) != len(found):
         return None
-    k, n = integers.shape
-    blocks = others[0].shape[0]
-    block = k if blocks == 1 else int(node.attributes.get("block_size", 0))
-    if not k * n * block or blocks != -(-k // block):
-        return None
-    if any(part.shape != others[0].shape or part.shape[1] not in (1, n) for part in others):
-        return None
-    return _in_parts(value, (k, n), block, (integers, *others))
+    return in_parts(value, known, int(node.attributes.get("block_size", 0)))
 
 
-def _is_matrix(node: Node, parts: list[WeightRef]) -> bool:
+def is_matrix(node: Node, parts: Sequence[WeightRef]) -> bool:
     """Whether a DequantizeLinear makes a matrix of integers into floats of its scales' type."""
     integers, scales, *zeros = parts
     wanted = node.attributes.get("output_dtype", 0)
     return (
         integers.dtype in _BITS
         and all(zero.dtype == integers.dtype for zero in zeros)
+        and all(ref.encoding == "raw" for ref in (integers, *zeros))
         and len(integers.shape) == 2
         and scales.dtype in _SCALES
+        and scales.encoding in ("raw", *_HALVES)
         and (not wanted or DTYPES[wanted] == scales.dtype)
     )
+
+
+def in_parts(name: str, parts: Sequence[WeightRef], block_size: int) -> WeightRef | None:
+    """A factor (K, N) of integers (K, N), scales and perhaps zero points, both (B, N) or (B, 1);
+    None when they do not belong together."""
+    integers, *others = parts
+    k, n = integers.shape
+    blocks = others[0].shape[0]
+    block = k if blocks == 1 else block_size
+    if not k * n * block or blocks != -(-k // block):
+        return None
+    if any(part.shape != others[0].shape or part.shape[1] not in (1, n) for part in others):
+        return None
+    return _in_parts(name, (k, n), block, (integers, *others))
 
 
 def _as_factor(node: Node, ref: WeightRef, integers: WeightRef, turned: bool) -> WeightRef | None:
@@ -113,7 +124,7 @@ def _as_factor(node: Node, ref: WeightRef, integers: WeightRef, turned: bool) ->
     if len(ref.shape) == 2 and (ref is integers or node.attributes.get("block_size", 0)):
         if ref is not integers and node.attributes.get("axis", 1) % 2 != turned:
             return None
-        return _transposed(ref) if turned else ref
+        return transposed(ref) if turned else ref
     if math.prod(ref.shape) == 1 and len(ref.shape) < 2:
         return replace(ref, shape=(1, 1))
     if len(ref.shape) != 1 or node.attributes.get("axis", 1) % 2 == turned:
@@ -121,16 +132,21 @@ def _as_factor(node: Node, ref: WeightRef, integers: WeightRef, turned: bool) ->
     return replace(ref, shape=(1, *ref.shape))
 
 
-def _transposed(ref: WeightRef) -> WeightRef:
+def transposed(ref: WeightRef) -> WeightRef:
+    """The same stored matrix with its axes swapped."""
     return replace(ref, shape=(ref.shape[1], ref.shape[0]), transposed=not ref.transposed)
 
 
 def _in_parts(
     name: str, shape: tuple[int, int], block: int, parts: tuple[WeightRef, ...]
 ) -> WeightRef:
-    integers, scales = parts[:2]
+    integers, scales, *zeros = parts
+    dtype = scales.dtype  # of the products; scales that are stored in fewer bits stay so
+    if scales.encoding in _HALVES:
+        scales = replace(scales, dtype=scales.encoding, encoding="raw")
+    parts = (integers, scales, *zeros)
     return WeightRef(
-        name, shape, scales.dtype, integers.source, integers.offset,
+        name, shape, dtype, integers.source, integers.offset,
         sum(part.nbytes for part in parts), f"affine{_BITS[integers.dtype]}",
         integers.transposed, parts=parts, block=block,
     )  # fmt: skip

@@ -40,6 +40,19 @@ class LibraryTokenizer(Tokenizer):
             )
         self.strips_leading_space = bool(decoder & {"Strip", "Metaspace"})
 
+    def vocabulary_json(self) -> str:
+        """The vocabulary as a tokenizer.json; a text's BOS is written by it, too."""
+        from tokenizers import Tokenizer as Library
+        from tokenizers.processors import TemplateProcessing
+
+        library = Library.from_str(self._library.to_str())
+        if self.add_bos and self.bos_id is not None and library.post_processor is None:
+            bos = self.token_text(self.bos_id)
+            library.post_processor = TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, self.bos_id)]
+            )
+        return library.to_str(pretty=True)
+
     def encode_parts(self, text: str, special: bool, stand_ins: Mapping[int, str]) -> list[int]:
         """See `Tokenizer.encode_parts`. The library sees the whole text; only a stretch between
         special tokens that holds a stand-in is encoded again, with the stand-ins put back."""

@@ -62,6 +62,13 @@ def load_gguf(path: Path) -> Tokenizer:
     return from_metadata(header(path).metadata, str(path))
 
 
+def carries_tokenizer(path: Path) -> bool:
+    """Whether there is a tokenizer in a GGUF's header, supported or not."""
+    from ..formats.gguf import header
+
+    return "tokenizer.ggml.model" in header(path).metadata
+
+
 def from_metadata(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """Build a tokenizer from a GGUF's `tokenizer.*` keys. `where` names the file in errors."""
     model = metadata.get("tokenizer.ggml.model")

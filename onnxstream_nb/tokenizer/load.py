@@ -17,15 +17,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     A GGUF carries its own. For another model file its folder is searched, then the one above
     (exports often lie in a subfolder `onnx`). ModelError if there is none, or it is damaged."""
-    path = Path(path)
-    if not path.exists():
-        raise ModelError(f"{path} does not exist: name a model's file or folder")
-    itself = path.is_file() and (path.name in FILES or path.suffix in (".gguf", ".model"))
-    file = path if itself else _find(path)
+    file = find(Path(path))
     return _LOADERS[file.suffix](file)
 
 
-def _find(path: Path) -> Path:
+def find(path: Path) -> Path:
+    """The file that `load_tokenizer` reads; the same errors."""
+    if not path.exists():
+        raise ModelError(f"{path} does not exist: name a model's file or folder")
+    if path.is_file() and (path.name in FILES or path.suffix in (".gguf", ".model")):
+        return path
     folders = [path] if path.is_dir() else [path.parent, path.resolve().parent.parent]
     for folder in folders:
         named = (folder / name for name in FILES)

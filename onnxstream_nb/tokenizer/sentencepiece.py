@@ -66,6 +66,16 @@ class SentencePieceTokenizer(Tokenizer):
         self._ordinary = any_of(ordinary)
         self._all = any_of([*ordinary, *self.special])
 
+    @property
+    def added(self) -> Mapping[str, int]:
+        """The tokens that the SentencePiece model itself does not hold."""
+        return {text: token for token, text in self._added_text.items()}
+
+    def vocabulary_model(self) -> bytes:
+        """The vocabulary as a SentencePiece `.model`."""
+        model: bytes = self._processor.serialized_model_proto()
+        return model
+
     def encode_parts(self, text: str, special: bool, stand_ins: Mapping[int, str]) -> list[int]:
         """See `Tokenizer.encode_parts`."""
         pattern = self._all if special else self._ordinary
@@ -107,7 +117,9 @@ def load_model(path: Path) -> Tokenizer:
         add_bos=config.add_bos is not False,
         chat_template=config.chat_template,
     )
-    return SentencePieceTokenizer(processor, conventions, _beyond(processor, config.added))
+    return SentencePieceTokenizer(
+        processor, conventions, _beyond(processor, config.added), _writes_a_space(processor)
+    )
 
 
 def from_pieces(
@@ -165,6 +177,13 @@ def _own_control_tokens(processor: SentencePieceProcessor) -> dict[str, int]:
     ids = range(processor.vocab_size())
     hidden = (i for i in ids if processor.is_control(i) or processor.is_unknown(i))
     return {processor.id_to_piece(i): i for i in hidden}
+
+
+def _writes_a_space(processor: SentencePieceProcessor) -> bool:
+    """Whether a space is written before a text, as it is unless the model says otherwise."""
+    model = _model_proto().FromString(processor.serialized_model_proto())
+    normalizer = model.normalizer_spec
+    return not normalizer.HasField("add_dummy_prefix") or bool(normalizer.add_dummy_prefix)
 
 
 def _beyond(processor: SentencePieceProcessor, added: Mapping[str, Added]) -> dict[str, int]:

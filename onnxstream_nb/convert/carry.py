@@ -1,0 +1,51 @@
+"""What goes with a model into its output: the tokenizer, and the small files beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import ModelError
+from ..graph import Graph
+from ..tokenizer import load_tokenizer
+from ..tokenizer.gguf import carries_tokenizer
+from ..tokenizer.load import find
+from ..tokenizer.save import files
+from .folder import OutputFolder
+
+COMPANIONS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "config.json",
+)  # fmt: skip
+"""Files that are copied as they are. None of them makes a folder another kind of model."""
+
+_COPIED = (".json", ".model")  # tokenizers that other programs read, too; others are written as one
+
+
+def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
+    """Put the tokenizer that belongs to a language model into its folder, so that texts have the
+    same ids; nothing for another model, or one without a tokenizer.
+
+    One inside a GGUF, or in OnnxStream's vocab.txt, is written as Hugging Face's files.
+    """
+    if not any(value.name == "input_ids" for value in graph.inputs):
+        return
+    found = _found(source)
+    if found is not None and found.suffix not in _COPIED:
+        for name, content in files(load_tokenizer(found)).items():
+            with folder.file(name) as file:
+                file.write(content)
+        return
+    beside = source if source.is_dir() else source.parent
+    for place in dict.fromkeys([found.parent if found else beside, beside]):
+        for name in COMPANIONS:
+            if name not in folder.files and (place / name).is_file():
+                folder.copy(place / name)
+
+
+def _found(source: Path) -> Path | None:
+    try:
+        found = find(source)
+    except ModelError:  # such a model is run with ids
+        return None
+    return None if found.suffix == ".gguf" and not carries_tokenizer(found) else found

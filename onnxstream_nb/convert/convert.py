@@ -1,0 +1,115 @@
+"""From any format that is read to one that is written: read, simplify, take steps, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UsageError
+from ..formats import onnx_folder
+from ..graph import Graph
+from ..progress import Report
+from . import carry, floats, ties, uint8
+from .draft import Draft
+from .folder import OutputFolder, check_out, output_folder
+from .source import read
+
+Step = Callable[[Draft], Draft]
+
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""--dtype -> the element type of stored floats."""
+KINDS = ("onnx", "onnxstream")
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a conversion wrote: files by name -> bytes, of which `weight_bytes` are the weights'
+    own (without pages, graph and tokenizer), and how long it took."""
+
+    path: Path
+    kind: str
+    files: dict[str, int]
+    weight_bytes: int
+    source_bytes: int
+    seconds: float
+
+    @property
+    def size_bytes(self) -> int:
+        """All files together."""
+        return sum(self.files.values())
+
+
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    to: str = "onnx",
+    dtype: str | None = None,
+    steps: Sequence[Step] = (),
+    overwrite: bool = False,
+    shard_bytes: int = onnx_folder.SHARD,
+    report: Report | None = None,
+) -> Written:
+    """Convert the model at `source` to the folder `out`, or to one file when its name ends in
+    .onnx. `dtype` is what floats are stored as: "float32", "float16", "bfloat16", or as they are;
+    `steps` come before that.
+
+    Raises UsageError for an output that exists or flags that exclude each other, ModelError for a
+    model that is damaged, OutputError when it cannot be written; then nothing is left at `out`.
+    """
+    began, tell = time.perf_counter(), report or (lambda text, fraction: None)
+    single = out.suffix.lower() == ".onnx"
+    if to not in KINDS:
+        raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
+    if single and to != "onnx":
+        raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
+    check_out(out, overwrite=overwrite, source=source)
+    tell("reading the graph", None)
+    draft = read(source)
+    source_bytes = _stored(draft.graph)
+    for step in steps:
+        draft = step(draft)
+    name = onnx_folder.MODEL if single else ""
+    with output_folder(out, overwrite=overwrite, single=name, source=source) as folder:
+        if to == "onnxstream":
+            weights = _write_onnxstream(draft, source, dtype, folder, tell)
+        else:
+            if not single:
+                carry.tokenizer(source, draft.graph, folder)
+            weights = _write_onnx(draft, dtype, folder, tell, shard_bytes, single)
+    sizes = {name: int(entry["size"]) for name, entry in folder.files.items()}
+    if single:
+        sizes = {out.name: sizes[onnx_folder.MODEL]}
+    seconds = time.perf_counter() - began
+    return Written(out, to, sizes, weights, source_bytes, seconds)
+
+
+def _stored(graph: Graph) -> int:
+    """Bytes of all weights as their files have them; tied ones count once."""
+    return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
+
+
+def _write_onnx(
+    draft: Draft,
+    dtype: str | None,
+    folder: OutputFolder,
+    report: Report,
+    shard_bytes: int,
+    single: bool,
+) -> int:
+    """Write model.onnx and what belongs to it; the bytes of its weights."""
+    draft = ties.share(draft)
+    draft = floats.store(draft if dtype else uint8.keep(draft), dtype)
+    if single:
+        onnx_folder.write_file(draft.graph, draft.raw, folder, report)
+    else:
+        onnx_folder.write_folder(draft.graph, draft.raw, folder, report, shard_bytes)
+    return onnx_folder.weight_bytes(draft.graph)
+
+
+def _write_onnxstream(
+    draft: Draft, source: Path, dtype: str | None, folder: OutputFolder, report: Report
+) -> int:
+    raise NotImplementedError

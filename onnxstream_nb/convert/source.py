@@ -1,0 +1,38 @@
+"""A model of any format as a draft, simplified."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from .. import formats, passes
+from ..graph import Graph
+from ..passes.constants import widened
+from ..passes.rewriting import Rewriter
+from .draft import Draft
+
+
+def read(source: Path) -> Draft:
+    """The model at `source`, simplified: constants folded, shapes computed where they are known,
+    and dead, doubled and idle nodes gone. Weights that the graph widens are floats stored so."""
+    draft = Draft(formats.load(source))
+    return draft.with_(_lookups(passes.clean(draft.graph, draft.read), draft))
+
+
+def _lookups(graph: Graph, draft: Draft) -> Graph:
+    """Rows that are looked up in a table of halves and then widened, as rows of a float table."""
+    rewriter = Rewriter(graph, draft.read)
+    tables: dict[str, str] = {}
+    for node in graph.nodes:
+        cast = node.op_type == "Cast" and not node.domain
+        gather = rewriter.made_by(node.inputs[0], "Gather") if cast else None
+        ref = graph.initializers.get(gather.inputs[0]) if gather else None
+        table = widened(node, ref) if ref is not None else None
+        if gather is None or table is None:
+            continue
+        if table.name not in tables:
+            tables[table.name] = rewriter.fresh(f"{table.name}.float32")
+            rewriter.add_initializer(replace(table, name=tables[table.name]))
+        inputs = (tables[table.name], *gather.inputs[1:])
+        rewriter.replace(node, replace(gather, inputs=inputs, outputs=node.outputs))
+    return rewriter.finish()
