@@ -79,7 +79,7 @@ def convert(
             if not single:
                 carry.tokenizer(source, draft.graph, folder)
             weights = _write_onnx(draft, dtype, folder, tell, shard_bytes, single)
-    sizes = {name: int(entry["size"]) for name, entry in folder.files.items()}
+    sizes = {name: file.size for name, file in folder.files.items()}
     if single:
         sizes = {out.name: sizes[onnx_folder.MODEL]}
     seconds = time.perf_counter() - began

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
+from ..files import aligned
 from ..graph import WeightRef
 from ..session import decode_constant
 from ..weights import DiskProvider, numpy_dtype
@@ -95,7 +96,8 @@ def _transposed(ref: WeightRef, dtype: str) -> Iterator[Array]:
     width = min(k, max(1, STRIP // (n * wanted.itemsize)))
     for first in range(0, k, width):
         last = min(first + width, k)
-        strip = np.empty((last - first, n), wanted)
+        size = (last - first) * n * wanted.itemsize
+        strip = aligned(size)[:size].view(wanted).reshape(last - first, n)
         for row, rows in _rows(ref):
             _turn(as_dtype(rows[:, first:last], dtype, ref.name), strip[:, row : row + len(rows)])
         yield strip

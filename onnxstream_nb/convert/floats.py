@@ -155,9 +155,7 @@ def widened(graph: Graph) -> Graph:
         for values in (graph.inputs, graph.outputs)
     ]
     nodes = tuple(_widened_node(node) for node in graph.nodes)
-    return graph.with_(
-        nodes=nodes, initializers=initializers, inputs=values[0], outputs=values[1]
-    )
+    return graph.with_(nodes=nodes, initializers=initializers, inputs=values[0], outputs=values[1])
 
 
 def _widened_node(node: Node) -> Node:

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 from .. import __version__
@@ -30,75 +30,102 @@ IN_FLIGHT = 64 << 20  # bytes that wait to be written
 COPY = 8 << 20  # bytes at a time
 
 
-class OutputFile:
-    """A file under construction, hashed as it is written: a thread does both, in order."""
+class Worker:
+    """A thread that does what it is given in order, and holds up whoever gives it too much."""
 
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._pool = pool
-        self._digest = hashlib.sha256()
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, name)
         self._waiting: deque[tuple[Future[None], int]] = deque()
         self._in_flight = 0
-        self.size = 0
 
-    @property
-    def sha256(self) -> str:
-        """The hash of what was written, hexadecimal; all of it once the file is closed."""
-        return self._digest.hexdigest()
-
-    def write(self, data: Data) -> None:
-        """Append bytes, which must not change afterwards: they may be written later."""
-        view = memoryview(cast(Any, data)).cast("B")
-        self.size += len(view)
-        self._waiting.append((self._pool.submit(self._append, view), len(view)))
-        self._in_flight += len(view)
-        while self._in_flight > IN_FLIGHT:
+    def do(self, work: Callable[[], None], nbytes: int = 0) -> None:
+        """Do this behind what was given before; raises what went wrong with that."""
+        self._waiting.append((self._pool.submit(work), nbytes))
+        self._in_flight += nbytes
+        while self._in_flight > IN_FLIGHT or (self._waiting and self._waiting[0][0].done()):
             self._settle_one()
 
-    def _append(self, view: memoryview) -> None:
-        self._digest.update(view)
-        while view:
-            view = view[self._file.write(view) :]
+    def settle(self) -> None:
+        """Wait until all is done; raises what went wrong."""
+        while self._waiting:
+            self._settle_one()
 
     def _settle_one(self) -> None:
         done, size = self._waiting.popleft()
         self._in_flight -= size
         done.result()
 
-    def __enter__(self) -> OutputFile:
-        return self
+    def stop(self) -> None:
+        """Drop what has not begun, and wait for what has."""
+        self._pool.shutdown(cancel_futures=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        try:
-            while self._waiting and kind is None:
-                self._settle_one()
-            if kind is None:
-                os.fsync(self._file.fileno())
-        finally:
-            for done, _ in self._waiting:
-                done.cancel()
-            self._pool.submit(self._file.close).result()  # behind what is being written
+
+class OutputFile:
+    """A file under construction, hashed as it is written: a thread does both, and another waits
+    for the disk."""
+
+    def __init__(self, path: Path, writer: Worker, syncer: Worker) -> None:
+        self._file = path.open("xb", buffering=0)
+        self._writer, self._syncer = writer, syncer
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written, hexadecimal; all of it when the writer has settled."""
+        return self._digest.hexdigest()
+
+    def write(self, data: Data) -> None:
+        """Append bytes, which must not change afterwards: they may be written later."""
+        view = memoryview(cast(Any, data)).cast("B")
+        self.size += len(view)
+        self._writer.do(partial(self._append, view), len(view))
+
+    def _append(self, view: memoryview) -> None:
+        self._digest.update(view)
+        while view:
+            view = view[self._file.write(view) :]
+
+    def finish(self) -> None:
+        """Have it brought to the disk and closed, behind what is yet to be written."""
+        self._writer.do(lambda: self._syncer.do(self._sync))
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def close(self) -> None:
+        """Close it, complete or not; nobody may be writing."""
+        self._file.close()
 
 
 class OutputFolder:
-    """The staging folder `path`. `files` are those that are complete: name -> size and hash."""
+    """The staging folder `path`. `files` are those that were begun, by name."""
 
-    def __init__(self, path: Path, pool: ThreadPoolExecutor) -> None:
-        self.path, self._pool = path, pool
-        self.files: dict[str, dict[str, Any]] = {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, OutputFile] = {}
         self.needed = 0
+        self._writer, self._syncer = Worker("writer"), Worker("syncer")
 
     @contextmanager
     def file(self, name: str) -> Iterator[OutputFile]:
-        """A new file in the folder, on the disk when the block ends."""
-        with OutputFile(self.path / name, self._pool) as file:
-            yield file
-        self.files[name] = {"size": file.size, "sha256": file.sha256}
+        """A new file in the folder. It need not be on the disk when the block ends."""
+        file = self.files[name] = OutputFile(self.path / name, self._writer, self._syncer)
+        yield file
+        file.finish()
+
+    def settle(self) -> None:
+        """Wait until all files are on the disk; raises what went wrong."""
+        self._writer.settle()
+        self._syncer.settle()
+
+    def close(self) -> None:
+        """Let go of all files, whatever their state."""
+        self._writer.stop()
+        self._syncer.stop()
+        for file in self.files.values():
+            file.close()
 
     def write_text(self, name: str, text: str) -> None:
         """A file of UTF-8 text."""
@@ -124,11 +151,6 @@ class OutputFolder:
                 f"{self.path.parent}: the output takes {format_size(nbytes)}, and this disk has "
                 f"{format_size(free)} free; free some, or name an output on another disk"
             )
-
-    @property
-    def size_bytes(self) -> int:
-        """All complete files together."""
-        return sum(int(entry["size"]) for entry in self.files.values())
 
 
 def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
@@ -163,24 +185,27 @@ def output_folder(
     """
     check_out(out, overwrite=overwrite, source=source)
     out = out.absolute()
-    pool = ThreadPoolExecutor(1, "output")
     folder: OutputFolder | None = None
     try:
         with staging.staged(out) as path:
-            folder = OutputFolder(path, pool)
-            yield folder
-            if not single:
-                _write_manifest(folder)
+            folder = OutputFolder(path)
+            with closing(folder):
+                yield folder
+                folder.settle()
+                if not single:
+                    _write_manifest(folder)
+                    folder.settle()
             check_out(out, overwrite=overwrite)
             staging.publish(path / single if single else path, out)
     except OSError as error:
         raise _output_error(out, folder, error) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _write_manifest(folder: OutputFolder) -> None:
-    files = {name: folder.files[name] for name in sorted(folder.files)}
+    files = {
+        name: {"size": file.size, "sha256": file.sha256}
+        for name, file in sorted(folder.files.items())
+    }
     producer = f"onnxstream_nb {__version__}"
     folder.write_json(MANIFEST, {"format": MANIFEST_FORMAT, "producer": producer, "files": files})
 

@@ -145,9 +145,7 @@ class _Told:
 class _Shards:
     """The data files of a folder, filled one after the other."""
 
-    def __init__(
-        self, raw: Raw, folder: Folder, stack: ExitStack, told: _Told, most: int
-    ) -> None:
+    def __init__(self, raw: Raw, folder: Folder, stack: ExitStack, told: _Told, most: int) -> None:
         self.raw, self.folder, self.stack, self.told, self.most = raw, folder, stack, told, most
         self.count = self.size = 0
         self.file: Sink | None = None

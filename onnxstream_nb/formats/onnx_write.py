@@ -118,9 +118,7 @@ def all_weights(graph: Graph) -> Iterator[WeightRef]:
                     yield from all_weights(body)
 
 
-def model_proto(
-    graph: Graph, tensor: Callable[[str, WeightRef], TensorProto]
-) -> onnx.ModelProto:
+def model_proto(graph: Graph, tensor: Callable[[str, WeightRef], TensorProto]) -> onnx.ModelProto:
     """`graph` as a ModelProto; `tensor` gives each weight, by the initializer's name."""
     opsets = [helper.make_opsetid(d, v) for d, v in graph.opset.items()]
     needed: int = helper.find_min_ir_version_for(opsets, ignore_unknown=True)

@@ -18,9 +18,10 @@ from ..graph import Dim, Graph, Node, Value, WeightRef
 from .onnxstream_line import OPSET, Operator, Runtime, Stored, escape, parse, unescape
 from .onnxstream_types import Types, infer
 
-__all__ = ["escape", "read", "unescape"]
+__all__ = ["ALWAYS_OUTPUT", "escape", "read", "unescape"]
 
-_ALWAYS_OUTPUT = re.compile(r"opkv\d+|logits")
+ALWAYS_OUTPUT = re.compile(r"opkv\d+|logits")
+"""Names of values that are results even where a node reads them; any other is one of the two."""
 # The sizes that OnnxStream's language models leave open, by the inputs and outputs they occur in.
 _OPEN_SIZES = (
     (re.compile(r"input_ids|position_ids|logits"), "sequence"),
@@ -115,7 +116,7 @@ class _Builder:
         results = [
             _value(t, types)
             for t in self.computed.values()
-            if t.name not in used or _ALWAYS_OUTPUT.fullmatch(t.name)
+            if t.name not in used or ALWAYS_OUTPUT.fullmatch(t.name)
         ]
         results.sort(key=lambda v: v.name != "logits")
         first = results[0]

@@ -18,6 +18,7 @@ from onnxstream_nb.passes import (
     common,
     constants,
     dead,
+    expands,
     gelu,
     grouped,
     heads,
@@ -30,6 +31,7 @@ from onnxstream_nb.passes import (
     rotary,
     swish,
     tables,
+    tanh,
 )
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
@@ -44,8 +46,9 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    quantised.rewrite, tables.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite,
-    rotary.rewrite, heads.rewrite_rotary, attention.rewrite, grouped.rewrite, past.rewrite,
+    quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite, layer_norm.rewrite,
+    rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary, attention.rewrite,
+    grouped.rewrite, past.rewrite,
     heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 

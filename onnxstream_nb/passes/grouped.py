@@ -1,6 +1,7 @@
 """Attention over keys and values that repeat_kv copied for each query head -> without the copies.
 
-Source: Ainslie et al., "GQA", arXiv:2305.13245; in exports Unsqueeze, Expand, Reshape.
+Source: Ainslie et al., "GQA", arXiv:2305.13245; in exports Unsqueeze, Expand or a Concat
+of one value with itself, Reshape.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ def rewrite(graph: Graph, read: Read) -> Graph:
 def _before_repeat(rewriter: Rewriter, value: str) -> tuple[str, int] | None:
     """The value before repeat_kv and how often each head was repeated."""
     reshape = rewriter.made_by(value, "Reshape")
-    expand = rewriter.made_by(reshape.inputs[0], "Expand") if reshape else None
+    expand = rewriter.made_by(reshape.inputs[0], "Expand", "Concat") if reshape else None
     unsqueeze = rewriter.made_by(expand.inputs[0], "Unsqueeze") if expand else None
     if reshape is None or expand is None or unsqueeze is None:
+        return None
+    if expand.op_type == "Concat" and len(set(expand.inputs)) > 1:
         return None
     shape = rewriter.facts.shape
     before, single, repeated, after = (

@@ -181,7 +181,7 @@ def _ordered(nodes: list[Node]) -> list[Node]:
         stack = [start]
         while stack:
             node = stack[-1]
-            needed = [producer[i] for i in _reads(node) if i in producer]
+            needed = [producer[i] for i in node_reads(node) if i in producer]
             waiting = [n for n in needed if id(n) not in done]
             if id(node) not in done and waiting:
                 stack.extend(waiting)
@@ -193,7 +193,8 @@ def _ordered(nodes: list[Node]) -> list[Node]:
     return result
 
 
-def _reads(node: Node) -> Iterator[str]:
+def node_reads(node: Node) -> Iterator[str]:
+    """The values that a node reads, those that its bodies capture among them."""
     yield from node.inputs
     for body in _bodies(node):
         yield from _free(body)

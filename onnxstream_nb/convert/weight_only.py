@@ -1,0 +1,149 @@
+"""Weight-only quantisation: matrices in 8 or 4 bits, everything else computed as before.
+
+Dims: a matrix is (N, K), a group of them multiplies the same input x (T, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedError
+from ..passes.upgrade import raise_opset
+from ..progress import Report
+from . import awq, gptq
+from .calibration import feeds_of_text
+from .draft import Draft
+from .integer_forms import Codes, Grid, Rounded, Written, write_dequantised, write_nbits
+from .layers import Calibration, Layer, nearest
+from .matrices import Matrix, find, read_rows
+from .quantise import FLOATS, QuantiseOptions
+
+Array = np.ndarray[Any, Any]
+Compute = Mapping[str, Callable[[], Rounded]]
+
+BLOCKED_OPSET = 21  # DequantizeLinear in blocks, and of 4 bits
+SENSITIVE = (("head", "int8"),)
+"""What is kept at more than 4 bits unless `keep` says otherwise: the vocabulary's matrix, whose
+errors nothing behind it evens out."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of a draft's matrices: `grids` by name of those that are quantised."""
+
+    draft: Draft
+    matrices: tuple[Matrix, ...]
+    grids: Mapping[str, Grid]
+    search: bool
+
+    @property
+    def chosen(self) -> Iterator[tuple[Matrix, Grid]]:
+        """The matrices that are quantised."""
+        return ((m, self.grids[m.name]) for m in self.matrices if m.name in self.grids)
+
+    def layers(self) -> Iterator[Layer]:
+        """Those that calibration looks at: they multiply one input, and are not the head."""
+        for matrix, grid in self.chosen:
+            if matrix.input and "head" not in matrix.roles:
+                yield Layer(matrix, grid)
+
+
+def rounded(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
+    """Every matrix by itself, rounded to nearest."""
+    plan = _plan(draft, options)
+    return _written(plan, _nearest(plan), options)
+
+
+def activation_aware(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
+    """Rounded to nearest after the channels that matter have been made larger: see awq.py."""
+    plan = _plan(draft, options)
+    found = awq.search(
+        _calibration(plan, options, report), plan.matrices, plan.search, _windows(options)
+    )
+    folded = awq.fold(plan.draft, found)
+    plan = Plan(folded, tuple(find(folded)), plan.grids, plan.search)
+    importance = {name: each.importance for name, each in found.items()}
+    return _written(plan, _nearest(plan, importance), options)
+
+
+def with_feedback(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
+    """Each element's error is made good by those behind it: see gptq.py."""
+    plan = _plan(draft, options)
+    solved = gptq.solve(_calibration(plan, options, report), plan.search)
+    return _written(plan, {**_nearest(plan), **solved}, options)
+
+
+def _plan(draft: Draft, options: QuantiseOptions) -> Plan:
+    """Raises UnsupportedError when there is no matrix, or the opset cannot be raised."""
+    raised = raise_opset(draft.graph, BLOCKED_OPSET)
+    if raised is None:
+        raise UnsupportedError(
+            f"the graph is of opset {draft.graph.opset.get('', 0)} and uses operators that have no "
+            f"counterpart in opset {BLOCKED_OPSET}, which quantised weights need; export it anew"
+        )
+    draft = draft.with_(raised)
+    matrices = tuple(find(draft))
+    grids = {m.name: grid for m in matrices if (grid := _grid(m, options)) is not None}
+    if not grids:
+        raise UnsupportedError(
+            "the graph has no matrix of floats that could be quantised: it is quantised already, "
+            "or --keep keeps all of them"
+        )
+    return Plan(draft, matrices, grids, options.search)
+
+
+def _grid(matrix: Matrix, options: QuantiseOptions) -> Grid | None:
+    """The integers of a matrix; None when it is to stay in floats."""
+    patterns = (*options.keep, *(SENSITIVE if options.dtype == "int4" else ()))
+    names = matrix.names
+    dtype = next(
+        (kind for pattern, kind in patterns if any(fnmatchcase(name, pattern) for name in names)),
+        options.dtype,
+    )
+    if dtype in FLOATS:
+        return None
+    bits = 8 if dtype == "int8" or matrix.lookups else 4  # onnxruntime looks up no rows of 4 bits
+    nbits = options.matmul_nbits and not matrix.lookups
+    scales = "float32" if nbits and matrix.ref.dtype != "float16" else options.scales
+    scales = "float16" if matrix.ref.dtype == "float16" else scales
+    return Grid(bits, options.block, options.asymmetric, scales)
+
+
+def _windows(options: QuantiseOptions) -> int:
+    return max(1, options.tokens // min(options.window, options.tokens))
+
+
+def _calibration(plan: Plan, options: QuantiseOptions, report: Report) -> Calibration:
+    assert options.text is not None and options.tokenizer is not None  # QuantiseOptions sees to it
+    feeds = feeds_of_text(
+        plan.draft.graph, options.tokenizer, options.text, min(options.window, options.tokens),
+        _windows(options), options.source,
+    )  # fmt: skip
+    return Calibration(plan.draft, plan.layers(), feeds, report)
+
+
+def _nearest(plan: Plan, importance: Mapping[str, Array] | None = None) -> Compute:
+    """Each matrix rounded to nearest, by the importance of its K where that is known."""
+    known = importance or {}
+
+    def compute(matrix: Matrix, grid: Grid) -> Callable[[], Rounded]:
+        return lambda: nearest(
+            read_rows(plan.draft, matrix), known.get(matrix.name), grid, plan.search
+        )
+
+    return {matrix.name: compute(matrix, grid) for matrix, grid in plan.chosen}
+
+
+def _written(plan: Plan, compute: Compute, options: QuantiseOptions) -> Draft:
+    written, codes = Written(), Codes(compute)
+    for matrix, grid in plan.chosen:
+        if options.matmul_nbits and not matrix.lookups and matrix.ref.dtype != "bfloat16":
+            write_nbits(written, matrix, grid, codes)
+        else:
+            write_dequantised(written, plan.draft.graph, matrix, grid, codes)
+    return written.finish(plan.draft)
