@@ -1,0 +1,402 @@
+"""Bad input, full disks, Ctrl-C and SIGKILL in front of `convert` and `quantize`, as a user meets
+them: one line that names what is wrong, and nothing under the output's name."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from verify_models import (
+    exported,
+    gguf,
+    hugging_face,
+    perceptron,
+    place_of,
+    spoil,
+    verify,
+)
+
+from onnxstream_nb import cli
+from onnxstream_nb.convert.folder import OutputFile
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread_afterwards"),
+    pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX"),
+]
+
+Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parent.parent
+TEXT = Path(__file__).parent / "fixtures" / "public_domain.txt"
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "convert": ("convert",),
+    "convert to OnnxStream": ("convert", "--to", "onnxstream"),
+    "convert to int4": ("convert", "--dtype", "int4"),
+    "quantize": ("quantize", "--dtype", "int8"),
+}
+
+
+def line(name: str, source: Path, out: Path, *flags: str) -> list[str]:
+    verb, *rest = COMMANDS[name]
+    return [verb, str(source), "-o", str(out), *rest, *flags]
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Everything below a folder, and the files' sizes."""
+    return {
+        str(p.relative_to(folder)): p.stat().st_size if p.is_file() else -1
+        for p in folder.rglob("*")
+    }
+
+
+def refused(capsys: Capture, folder: Path, command: list[str]) -> str:
+    """The message of a command that fails and leaves `folder` as it is."""
+    before = listing(folder)
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    *_, message = err.splitlines()
+    assert message.startswith("error: ") and "Traceback" not in err and out == ""
+    assert listing(folder) == before
+    return message.removeprefix("error: ")
+
+
+# -- sources
+
+
+def no_config(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    (path / "config.json").unlink()
+    return path, f"{path}: no model in this folder; looked for"
+
+
+def unknown_architecture(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    config = json.loads((path / "config.json").read_text())
+    config["architectures"] = ["MysteryForCausalLM"]
+    (path / "config.json").write_text(json.dumps(config))
+    return path, "MysteryForCausalLM"
+
+
+def unknown_gguf(folder: Path) -> tuple[Path, str]:
+    folder.mkdir()
+    path = gguf(folder)
+    return spoil(path, lambda data: put(data, b"llama", b"mamba", every=True)), "'mamba'"
+
+
+def truncated_shard(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    shard = path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return path, f"{shard}: the tensors end at byte"
+
+
+def missing_shard(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    (path / "model-00001-of-00002.safetensors").unlink()
+    return path, "its weights file 'model-00001-of-00002.safetensors' is missing"
+
+
+def wrong_index(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    index = path / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    name, shard = next(iter(found["weight_map"].items()))
+    other = next(s for s in found["weight_map"].values() if s != shard)
+    found["weight_map"][name] = other
+    index.write_text(json.dumps(found))
+    return path, f"{path / other}: tensor '{name}' is missing, although"
+
+
+def index_without_a_map(folder: Path) -> tuple[Path, str]:
+    path = hugging_face(folder)
+    index = path / "model.safetensors.index.json"
+    index.write_text("{}")
+    return path, f"{index}: weight_map does not map"
+
+
+def truncated_gguf(folder: Path) -> tuple[Path, str]:
+    folder.mkdir()
+    path = gguf(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    return path, "tensor 'output.weight' ends at byte"
+
+
+def missing_data(folder: Path) -> tuple[Path, str]:
+    path = exported(folder)
+    path.with_name("model.onnx.data").unlink()
+    return path, "its weights file 'model.onnx.data' is missing"
+
+
+def damaged_tokenizer(folder: Path) -> tuple[Path, str]:
+    folder.mkdir()
+    path = gguf(folder)
+    return spoil(path, lambda data: put(data, b"gpt2", b"gptX")), "gptX"
+
+
+def put(data: bytearray, old: bytes, new: bytes, *, every: bool = False) -> None:
+    assert len(old) == len(new) and old in data
+    data[:] = data.replace(old, new, -1 if every else 1)
+
+
+SOURCES = [no_config, unknown_architecture, unknown_gguf, truncated_shard, missing_shard,
+           wrong_index, index_without_a_map, truncated_gguf, missing_data]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("damage", SOURCES)
+def test_sources_that_cannot_be_read(
+    damage: Callable[[Path], tuple[Path, str]], name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path, message = damage(tmp_path / "m")
+    for out in ("out", "out.onnx") if "OnnxStream" not in name else ("out",):
+        assert message in refused(capsys, tmp_path, line(name, path, tmp_path / out))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_source_that_is_not_there(name: str, tmp_path: Path, capsys: Capture) -> None:
+    missing = tmp_path / "missing.gguf"
+    assert "missing.gguf" in refused(capsys, tmp_path, line(name, missing, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_source_that_shrinks_while_it_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """The header was right when it was looked at."""
+    source = gguf(tmp_path)
+    _, offset, _ = place_of(source, "output.weight")
+    write = OutputFile.write
+
+    def shrinking(self: OutputFile, data: object) -> None:
+        os.truncate(source, offset + 100)
+        write(self, data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OutputFile, "write", shrinking)
+    whole = source.read_bytes()
+    before = listing(tmp_path).keys()
+    assert cli.main(line(name, source, tmp_path / "out")) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"error: {source}: ") and "truncated" in err
+    assert listing(tmp_path).keys() == before
+    monkeypatch.undo()
+    source.write_bytes(whole)
+    assert cli.main(line(name, source, tmp_path / "out")) == 0
+
+
+# -- outputs
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_outputs_that_are_refused(name: str, tmp_path: Path, capsys: Capture) -> None:
+    folder = exported(tmp_path / "m").parent
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letters.txt").write_text("precious")
+    source = folder / "model.onnx"
+    for out, flags, message in (
+        (tmp_path / "mine", (), "exists; name another output, or give --overwrite"),
+        (tmp_path / "mine", ("--overwrite",), "deletes a folder only if it holds a manifest.json"),
+        (folder, ("--overwrite",), "the model that is read lies there"),
+        (tmp_path / "none" / "out", (), "there is no folder"),
+    ):
+        assert message in refused(capsys, tmp_path, line(name, source, out, *flags))
+    assert (tmp_path / "mine" / "letters.txt").read_text() == "precious"
+    verb, *rest = COMMANDS[name]
+    assert "-o" in refused(capsys, tmp_path, [verb, str(source), *rest])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_a_disk_that_fills_up(
+    name: str, code: int, share: float, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture,
+) -> None:  # fmt: skip
+    """At the first byte, amid the weights, or at the last file; a former output stays."""
+    source, out = gguf(tmp_path), tmp_path / "out"
+    assert cli.main(line(name, source, out)) == 0
+    capsys.readouterr()
+    left = share * sum(size for size in listing(out).values() if size > 0) - 10
+    append = OutputFile._append
+
+    def full(self: OutputFile, view: memoryview) -> None:
+        nonlocal left
+        left -= len(view)
+        if left < 0:
+            raise OSError(code, os.strerror(code))
+        append(self, view)
+
+    monkeypatch.setattr(OutputFile, "_append", full)
+    former = {p.name: p.read_bytes() for p in out.iterdir()}
+    for place, flags in ((tmp_path / "new", ()), (out, ("--overwrite",))):
+        left = share * sum(map(len, former.values())) - 10
+        message = refused(capsys, tmp_path, line(name, source, place, *flags))
+        assert str(place) in message and os.strerror(code) in message
+        assert ("free some, or name" in message) == (code != errno.EIO)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == former
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_limit_on_files(name: str, tmp_path: Path) -> None:
+    """The system's own error, in a process of its own."""
+    source, out = gguf(tmp_path), tmp_path / "out"
+    before = listing(tmp_path)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxstream_nb", *line(name, source, out)],
+        capture_output=True, text=True, timeout=300, preexec_fn=limit, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert message.startswith(f"error: {out}: File too large") and "free some" in message
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from onnxstream_nb.convert import folder
+
+    monkeypatch.setattr(folder, "disk_free", lambda path: 1000)
+    message = refused(capsys, tmp_path, line(name, gguf(tmp_path), tmp_path / "out"))
+    assert "this disk has 1.00 kB free; free some" in message
+
+
+# -- Ctrl-C, SIGKILL
+
+SLOW = """
+import sys, time
+from onnxstream_nb import cli
+from onnxstream_nb.convert.folder import OutputFile
+append = OutputFile._append
+
+def slow(self, view):
+    append(self, view)
+    time.sleep(0.05)
+
+OutputFile._append = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def interrupted(command: list[str], folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """A conversion that gets a signal while it writes; its exit code and what it said."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(p.is_file() and p.stat().st_size for p in folder.glob(".*.partial/*")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline, "nothing was written"
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_ctrl_c_leaves_nothing(name: str, tmp_path: Path) -> None:
+    source = gguf(tmp_path)
+    before = listing(tmp_path)
+    code, said = interrupted(line(name, source, tmp_path / "out"), tmp_path, signal.SIGINT)
+    assert code == 130 and said.endswith("interrupted\n") and "Traceback" not in said
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_killed_process_leaves_has_another_name(
+    name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    """And the next conversion to that name removes it."""
+    source, out = gguf(tmp_path), tmp_path / "out"
+    before = set(tmp_path.iterdir())
+    code, _ = interrupted(line(name, source, out), tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL and not out.exists()
+    (left,) = set(tmp_path.iterdir()) - before
+    assert left.name.startswith(".out.") and left.suffix == ".partial"
+    assert cli.main(line(name, source, out)) == 0
+    assert set(tmp_path.iterdir()) - before == {out}
+    capsys.readouterr()
+    assert verify(out, capsys)["ok"]
+
+
+# -- calibration
+
+
+def words(path: Path, count: int) -> Path:
+    path.write_text(" ".join(["the quick brown fox"] * count), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_calibration_texts_that_will_not_do(method: str, tmp_path: Path, capsys: Capture) -> None:
+    source, out = gguf(tmp_path), tmp_path / "out"
+    short, latin = words(tmp_path / "short.txt", 1), tmp_path / "latin.txt"
+    latin.write_bytes("naïve".encode("latin-1") * 100)
+    empty = tmp_path / "empty.txt"
+    empty.write_bytes(b"")
+    for text, message in (
+        (short, "longer text"),
+        (empty, "longer text"),
+        (latin, "UTF-8"),
+        (tmp_path / "missing.txt", "No such file"),
+        (tmp_path, "irectory"),
+    ):
+        flags = ("--method", method, "--calibration", str(text))
+        found = refused(capsys, tmp_path, line("quantize", source, out, *flags))
+        assert str(text) in found and message in found, text
+    found = refused(capsys, tmp_path, line("quantize", source, out, "--method", method))
+    assert "--calibration" in found
+
+
+def test_calibration_without_a_tokenizer(tmp_path: Path, capsys: Capture) -> None:
+    path = exported(tmp_path / "m")
+    (path.parent / "tokenizer.json").unlink()
+    flags = ("--method", "gptq", "--calibration", str(TEXT))
+    message = refused(capsys, tmp_path, line("quantize", path, tmp_path / "out", *flags))
+    assert "no tokenizer" in message
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, capsys: Capture) -> None:
+    """They have no scale."""
+    source = gguf(tmp_path)
+    file, offset, _ = place_of(source, "blk.0.ffn_up.weight")
+    spoil(file, lambda data: data.__setitem__(slice(offset, offset + 4), b"\x00\x00\xc0\x7f"))
+    message = refused(capsys, tmp_path, line("quantize", source, tmp_path / "out"))
+    assert "blk.0.ffn_up.weight" in message
+
+
+def test_a_single_file_beyond_two_gibibytes(tmp_path: Path, capsys: Capture) -> None:
+    """Refused by its size, which no weight has to be read for: the file is sparse."""
+    path = perceptron(tmp_path)
+    model = onnx.load(path)
+    rows = 1 << 20
+    tensor = model.graph.initializer[0]
+    tensor.CopyFrom(onnx.TensorProto(name="w", data_type=1, dims=[3, rows * 200]))
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="w.data")
+    with (tmp_path / "w.data").open("wb") as file:
+        file.truncate(12 * rows * 200)
+    model.graph.output[0].type.tensor_type.shape.dim[3].dim_value = rows * 200
+    path.write_bytes(model.SerializeToString())
+    message = refused(capsys, tmp_path, ["convert", str(path), "-o", str(tmp_path / "one.onnx")])
+    assert "2" in message and "folder" in message
+    assert np.prod([3, rows, 200]) * 4 > 1 << 31
