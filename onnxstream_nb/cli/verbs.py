@@ -201,6 +201,50 @@ VERIFY = (
     ),
     *LOADING[:3], JSON,
 )  # fmt: skip
+OUTPUT = (
+    Option(
+        ("-o", "--out"),
+        "what to write: a folder, or one file when its name ends in .onnx",
+        text, "OUT", required=True,
+    ),
+    Option(
+        ("--overwrite",), "replace OUT where it exists, once the new one is complete",
+        truth, default=False,
+    ),
+)  # fmt: skip
+ROUNDING = (
+    Option(
+        ("--block",), "how many weights share a scale, 0 for a whole column; default 32",
+        whole(0), "N",
+    ),
+    Option(
+        ("--asymmetric",), "integers with a zero point for each block", truth, default=False
+    ),
+    Option(
+        ("--keep",),
+        "store layers that match a pattern otherwise, as in *down_proj*=int8 or head=fp16; may be"
+        " repeated",
+        text, "PATTERN=DTYPE", repeat=True,
+    ),
+    Option(
+        ("--matmul-nbits",), "write MatMulNBits, an operator of onnxruntime's own",
+        truth, default=False,
+    ),
+)  # fmt: skip
+CONVERT = (
+    *OUTPUT,
+    Option(
+        ("--to",), "onnx, or onnxstream: a folder with model.txt; default onnx",
+        choice("onnx", "onnxstream"), "KIND", default="onnx",
+    ),
+    Option(
+        ("--dtype",),
+        "what weights are stored as: fp32, fp16, bf16, or rounded to int8 or int4; default: what"
+        " they are, and fp16 for a GGUF's block encodings",
+        choice("fp32", "fp16", "bf16", "int8", "int4"), "TYPE",
+    ),
+    *ROUNDING, JSON,
+)  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -233,6 +277,9 @@ VERBS: Mapping[str, Verb] = {
         "check a model's files, weights and tokenizer, and a forward pass",
         VERIFY,
         "required",
+    ),
+    "convert": Verb(
+        "cli.convert:convert", "write a model in another format or type", CONVERT, "required"
     ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),

@@ -61,10 +61,7 @@ def convert(
     """
     began, tell = time.perf_counter(), report or (lambda text, fraction: None)
     single = out.suffix.lower() == ".onnx"
-    if to not in KINDS:
-        raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
-    if single and to != "onnx":
-        raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
+    _check_form(out, to, dtype)
     check_out(out, overwrite=overwrite, source=source)
     tell("reading the graph", None)
     draft = read(source)
@@ -73,17 +70,30 @@ def convert(
         draft = step(draft)
     name = onnx_folder.MODEL if single else ""
     with output_folder(out, overwrite=overwrite, single=name, source=source) as folder:
+        if not single:
+            carry.tokenizer(source, draft.graph, folder)
         if to == "onnxstream":
-            weights = _write_onnxstream(draft, source, dtype, folder, tell)
+            weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
-            if not single:
-                carry.tokenizer(source, draft.graph, folder)
             weights = _write_onnx(draft, dtype, folder, tell, shard_bytes, single)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
         sizes = {out.name: sizes[onnx_folder.MODEL]}
     seconds = time.perf_counter() - began
     return Written(out, to, sizes, weights, source_bytes, seconds)
+
+
+def _check_form(out: Path, to: str, dtype: str | None) -> None:
+    if to not in KINDS:
+        raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
+    if to == "onnx":
+        return
+    if out.suffix.lower() == ".onnx":
+        raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
+    if dtype not in (None, "float32", "float16"):
+        raise UsageError(
+            f"--dtype {dtype}: OnnxStream stores float32 and float16; give one of them"
+        )
 
 
 def _stored(graph: Graph) -> int:
@@ -109,7 +119,9 @@ def _write_onnx(
     return onnx_folder.weight_bytes(draft.graph)
 
 
-def _write_onnxstream(
-    draft: Draft, source: Path, dtype: str | None, folder: OutputFolder, report: Report
-) -> int:
-    raise NotImplementedError
+def _write_onnxstream(draft: Draft, dtype: str | None, folder: OutputFolder, report: Report) -> int:
+    """Write model.txt and its weights; their bytes."""
+    from .text_folder import write_text_folder
+
+    write_text_folder(draft, folder, report, dtype=dtype or "")
+    return sum(file.size for name, file in folder.files.items() if name.endswith(".bin"))

@@ -16,12 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from .. import __version__
 from ..device import disk_free, format_size
 from ..errors import DISK_FULL, OutputError, UsageError
-from ..formats.sink import Data
+from ..formats.sink import Data, view_of
 from . import staging
 
 MANIFEST = "manifest.json"
@@ -77,7 +77,7 @@ class OutputFile:
 
     def write(self, data: Data) -> None:
         """Append bytes, which must not change afterwards: they may be written later."""
-        view = memoryview(cast(Any, data)).cast("B")
+        view = view_of(data)
         self.size += len(view)
         self._writer.do(partial(self._append, view), len(view))
 

@@ -99,9 +99,9 @@ def _check_kind(value: Any, kind: str, where: str, name: str) -> None:
 
 @lru_cache(maxsize=512)
 def _default(op_type: str, version: int, name: str) -> Any:
-    attribute: AttributeProto = onnx.defs.get_schema(op_type, version, "").attributes[
-        name
-    ].default_value
+    attribute: AttributeProto = (
+        onnx.defs.get_schema(op_type, version, "").attributes[name].default_value
+    )
     value = helper.get_attribute_value(attribute) if attribute.name else None
     return value.decode() if isinstance(value, bytes) else value
 

@@ -18,7 +18,7 @@ from ..graph import Graph, WeightRef
 from ..progress import Report
 from .onnx_tensors import stored_bytes
 from .onnx_write import NUMBERS, PAGE, PROTOBUF_LIMIT, all_weights, model_proto
-from .sink import Data, Folder, Sink
+from .sink import Data, Folder, Sink, view_of
 
 Raw = Callable[[WeightRef], Iterable[Data]]
 """A weight -> its raw_data, as `Draft.raw` gives it."""
@@ -133,7 +133,7 @@ class _Told:
         before = self.done
         for piece in data:
             yield piece
-            self.done += memoryview(piece).nbytes
+            self.done += len(view_of(piece))
             self.report(f"writing {ref.name}", self.done / self.total if self.total else None)
         if self.done - before != size:
             raise ModelError(

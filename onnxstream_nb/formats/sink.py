@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 Data = bytes | memoryview | np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def view_of(data: Data) -> memoryview:
+    """The same bytes, one by one."""
+    return memoryview(cast(Any, data)).cast("B")
 
 
 class Sink(Protocol):
