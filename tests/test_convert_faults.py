@@ -25,6 +25,7 @@ from verify_models import (
     place_of,
     spoil,
     verify,
+    with_manifest,
 )
 
 from onnxstream_nb import cli
@@ -199,7 +200,7 @@ def test_a_source_that_shrinks_while_it_is_read(
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_outputs_that_are_refused(name: str, tmp_path: Path, capsys: Capture) -> None:
-    folder = exported(tmp_path / "m").parent
+    folder = with_manifest(exported(tmp_path / "m").parent)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letters.txt").write_text("precious")
     source = folder / "model.onnx"
