@@ -92,7 +92,7 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16"):
         raise UsageError(
-            f"--dtype {dtype}: OnnxStream stores float32 and float16; give one of them"
+            f"--dtype {dtype}: OnnxStream stores fp32 or fp16; give one of them"
         )
 
 
@@ -111,12 +111,21 @@ def _write_onnx(
 ) -> int:
     """Write model.onnx and what belongs to it; the bytes of its weights."""
     draft = ties.share(draft)
-    draft = floats.store(draft if dtype else uint8.keep(draft), dtype)
+    draft = _in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
     if single:
         onnx_folder.write_file(draft.graph, draft.raw, folder, report)
     else:
         onnx_folder.write_folder(draft.graph, draft.raw, folder, report, shard_bytes)
     return onnx_folder.weight_bytes(draft.graph)
+
+
+def _in_order(draft: Draft) -> Draft:
+    """Weights in the order in which a run needs them, and so they will lie in the files."""
+    known = draft.graph.initializers
+    names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)
+    return draft.with_(
+        draft.graph.with_(initializers={n: known[n] for n in (*names, *known)})
+    )
 
 
 def _write_onnxstream(draft: Draft, dtype: str | None, folder: OutputFolder, report: Report) -> int:

@@ -20,6 +20,8 @@ from .draft import Array, Draft, placeholder
 
 HALVES = {"float16": 10, "bfloat16": 16}
 """Element types that are widened -> their numbers in onnx.TensorProto."""
+WIDE = ".float32"
+"""What the name of a stored weight ends with once it is widened."""
 FLOAT = 1
 SMALL = 1024  # elements; fewer stay float32: norms, biases, what is no weight
 _BFLOAT16_OPSET = 13  # from which on Cast, Gather and Transpose take bfloat16
@@ -114,6 +116,7 @@ class _Casts:
     def __init__(self, graph: Graph, kinds: dict[str, str]) -> None:
         self.graph, self.kinds = graph, kinds
         self.names = {*graph.producers(), *graph.initializers, *(i.name for i in graph.inputs)}
+        self.names |= {node.name for node in graph.nodes}
         self.wide: dict[str, str] = {}
 
     def nodes(self) -> Iterator[Node]:
@@ -128,12 +131,12 @@ class _Casts:
                 continue
             for name in stored:
                 if name not in self.wide:
-                    self.wide[name] = self.fresh(f"{name}.float32")
+                    self.wide[name] = self.fresh(f"{name}{WIDE}")
                     yield self.cast(name, self.wide[name])
             yield replace(node, inputs=tuple(self.wide.get(i, i) for i in node.inputs))
 
     def cast(self, name: str, output: str) -> Node:
-        return Node("Cast", (name,), (output,), {"to": FLOAT}, f"{output}/Cast")
+        return Node("Cast", (name,), (output,), {"to": FLOAT}, self.fresh(f"{output}/Cast"))
 
     def fresh(self, stem: str) -> str:
         name = stem

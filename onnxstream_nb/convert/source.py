@@ -8,15 +8,17 @@ from pathlib import Path
 from .. import formats, passes
 from ..graph import Graph
 from ..passes.constants import widened
-from ..passes.rewriting import Rewriter
+from ..passes.rewriting import Rewriter, captured
 from .draft import Draft
+from .floats import WIDE
+from .streamed_llm import renamed
 
 
 def read(source: Path) -> Draft:
     """The model at `source`, simplified: constants folded, shapes computed where they are known,
     and dead, doubled and idle nodes gone. Weights that the graph widens are floats stored so."""
     draft = Draft(formats.load(source))
-    return draft.with_(_lookups(passes.clean(draft.graph, draft.read), draft))
+    return draft.with_(_plain_names(_lookups(passes.clean(draft.graph, draft.read), draft)))
 
 
 def _lookups(graph: Graph, draft: Draft) -> Graph:
@@ -31,8 +33,20 @@ def _lookups(graph: Graph, draft: Draft) -> Graph:
         if gather is None or table is None:
             continue
         if table.name not in tables:
-            tables[table.name] = rewriter.fresh(f"{table.name}.float32")
+            tables[table.name] = rewriter.fresh(f"{table.name}{WIDE}")
             rewriter.add_initializer(replace(table, name=tables[table.name]))
         inputs = (tables[table.name], *gather.inputs[1:])
-        rewriter.replace(node, replace(gather, inputs=inputs, outputs=node.outputs))
+        rewriter.replace(node, replace(node, op_type="Gather", inputs=inputs, attributes=gather.attributes))
     return rewriter.finish()
+
+
+def _plain_names(graph: Graph) -> Graph:
+    """Weights that an earlier conversion stored as halves, under the names they had before it."""
+    taken = {*graph.producers(), *graph.initializers, *(i.name for i in graph.inputs)}
+    inner = captured(graph)
+    plain = {
+        name: name.removesuffix(WIDE)
+        for name in graph.initializers
+        if name.endswith(WIDE) and name.removesuffix(WIDE) not in taken and name not in inner
+    }
+    return renamed(graph, plain) if plain else graph

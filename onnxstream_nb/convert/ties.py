@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 from ..graph import Node, WeightRef
 from ..passes.rewriting import captured
@@ -25,9 +26,9 @@ def share(draft: Draft) -> Draft:
             if ref.transposed != own.transposed:
                 axes = len(ref.shape)
                 perm = (*range(axes - 2), axes - 1, axes - 2)
-                views.append(Node("Transpose", (own.name,), (ref.name,), {"perm": perm}, ref.name))
+                views.append(_view("Transpose", own, ref, perm=perm))
             elif ref.name in kept:
-                views.append(Node("Identity", (own.name,), (ref.name,), name=ref.name))
+                views.append(_view("Identity", own, ref))
             else:
                 renamed[ref.name] = own.name
     gone = renamed.keys() | {node.outputs[0] for node in views}
@@ -36,6 +37,10 @@ def share(draft: Draft) -> Draft:
     nodes = (replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in graph.nodes)
     initializers = {n: ref for n, ref in graph.initializers.items() if n not in gone}
     return draft.with_(graph.with_(nodes=(*views, *nodes), initializers=initializers))
+
+
+def _view(op_type: str, own: WeightRef, ref: WeightRef, **attributes: Any) -> Node:
+    return Node(op_type, (own.name,), (ref.name,), attributes, f"{ref.name}/{op_type}")
 
 
 def _groups(refs: Iterable[WeightRef]) -> list[list[WeightRef]]:

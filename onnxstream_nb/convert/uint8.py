@@ -27,7 +27,7 @@ def keep(draft: Draft) -> Draft:
         )
         initializers |= {part.name: part for part in parts}
         names = tuple(part.name for part in parts)
-        nodes.append(Node("DequantizeLinear", names, (name,), name=name))
+        nodes.append(Node("DequantizeLinear", names, (name,), name=f"{name}/DequantizeLinear"))
     if not nodes:
         return draft
     graph = draft.graph
