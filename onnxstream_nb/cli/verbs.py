@@ -245,6 +245,26 @@ CONVERT = (
     ),
     *ROUNDING, JSON,
 )  # fmt: skip
+EXPORT = (
+    *OUTPUT,
+    Option(
+        ("--exporter",),
+        "opset14: by tracing, decomposed operators that every engine knows; opset23: by"
+        " torch.export, with Attention, RMSNormalization and RotaryEmbedding; default opset14",
+        choice("opset14", "opset23"), "KIND", default="opset14",
+    ),
+    Option(
+        ("--dtype",), "how weights are stored; default: as the model's files have them",
+        choice("fp32", "fp16", "bf16"), "TYPE",
+    ),
+    Option(
+        ("--module",),
+        "export any other PyTorch module: a function of an importable package that returns"
+        " (module, example inputs) and, if it likes, a dict of names and dynamic axes",
+        text, "PKG:FACTORY",
+    ),
+    JSON,
+)  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -270,6 +290,9 @@ VERBS: Mapping[str, Verb] = {
         "measure how well a model predicts a text",
         PERPLEXITY,
         "required",
+    ),
+    "export": Verb(
+        "cli.export:export", "a PyTorch model to ONNX, compared with PyTorch", EXPORT, "optional"
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "verify": Verb(
