@@ -1,12 +1,15 @@
 """Panels of quantised matrices as ONNX has them: integers, scales and zero points in parts.
 
 Dims: a panel holds 16 rows of K elements in groups of 32; `block` elements share a scale, the
-groups of a block are a unit. The panel begins with its geometry (int32 each: the shift from a group
-to its unit, bytes a unit, where the zero points are), 64 bytes in all. A unit is the rows' scales,
-(16,) float32, and the quads of its groups (quads.py), of 4 or 8 bits an element. Behind the units
-lie the zero points, (units, 16) uint8: a row's own element is scale (q - zero point), q unsigned.
+groups of a block are a unit. The panel begins with its head of 64 bytes: its geometry (int32 each:
+the shift from a group to its unit, bytes a unit, where a unit's quads begin, whether its scales are
+float16, whether it has zero points), and from byte 32 on zero points that are the same in all
+units, (16,) uint8. A unit is the rows' scales, (16,) float16 or float32 as they are stored, their
+zero points, (16,) uint8, where units have their own, and the quads of its groups (quads.py), of 4
+or 8 bits an element. A row's own element is scale (q - zero point), q unsigned.
 
-A matrix with one scale a row has one unit, so that 8 bits take 8 bits.
+So 4 bits with a float16 scale for 32 of them take 4.5 bits, as in GGUF's q4_0, and with a zero
+point 4.75. A matrix with one scale a row has one unit, so that 8 bits take 8 bits.
 """
 
 from dataclasses import dataclass
@@ -14,9 +17,10 @@ from dataclasses import dataclass
 from .jit import inline, jit
 from .panels import PanelEncoding
 from .quads import RECORD, SCALE, dot_above, load_quads, load_split_quads, peek_i32
-from .vector import fma, load_f32, mul, peek_f32, splat, store_f32
+from .vector import fma, load_f16, load_f32, mul, peek_f32, splat, store_f32
 
 HEAD = 64
+SHARED = 32  # where the head has the zero points of all units
 ONE_UNIT = 31  # the shift that takes every group to unit 0
 INTEGERS = ("int4", "uint4", "int8", "uint8")
 BITS = {"affine4": 4, "affine8": 8}
@@ -24,37 +28,54 @@ BITS = {"affine4": 4, "affine8": 8}
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How panels of one weight are cut: units and what a panel's head says of them."""
+    """How panels of one weight are cut: units, groups in each, bits an element, whether scales
+    are float16, whether units have zero points of their own; and what their heads say."""
 
     units: int
     shift: int
-    unit_bytes: int
+    groups: int
+    bits: int
+    half: bool
+    zeros: bool
 
     @property
-    def zeros(self):
-        """Where the zero points begin."""
-        return HEAD + self.units * self.unit_bytes
+    def scale_bytes(self):
+        """Bytes of a unit's scales, behind which its zero points begin."""
+        return 32 if self.half else 64
+
+    @property
+    def quads(self):
+        """Where a unit's quads begin."""
+        return self.scale_bytes + 16 * self.zeros
+
+    @property
+    def unit_bytes(self):
+        """Bytes of a unit."""
+        return self.quads + 64 * self.bits * self.groups
 
     @property
     def nbytes(self):
         """Bytes of a panel, up to the next one's alignment."""
-        return -(-(self.zeros + 16 * self.units) // 64) * 64
+        return -(-(HEAD + self.units * self.unit_bytes) // 64) * 64
 
 
 def geometry(ref):
     """The panels of a weight in parts, or None when it has none: blocks that no group fills or that
     are no power of two, an end that is no group, zero points that are no integers."""
     k, n = ref.shape
-    if ref.block_axis:
+    _, scales, *zeros = ref.parts
+    groups, each = k // 32, ref.block // 32
+    if ref.block_axis or not n or not k or k % 32:
         return None
-    groups, each, bits = k // 32, ref.block // 32, BITS[ref.encoding]
-    if not n or not k or k % 32 or any(part.dtype not in INTEGERS for part in ref.parts[2:]):
+    if any(part.dtype not in INTEGERS for part in zeros):
         return None
+    own = any(part.shape != (1, 1) for part in zeros)
+    kind = BITS[ref.encoding], scales.dtype == "float16", own
     if ref.block >= k:
-        return Geometry(1, ONE_UNIT, 64 + 64 * bits * groups)
+        return Geometry(1, ONE_UNIT, groups, *kind)
     if ref.block % 32 or each & (each - 1):
         return None
-    return Geometry(-(-groups // each), each.bit_length() - 1, 64 + 64 * bits * each)
+    return Geometry(-(-groups // each), each.bit_length() - 1, each, *kind)
 
 
 @jit
@@ -68,23 +89,30 @@ def add_above(q, scale, zeros, x, rows, out):
 
 @inline
 def unit_of(panel, g):
-    """Group g: the address of its unit, its number in there, the address of its zero points."""
-    shift = peek_i32(panel)
-    unit = g >> shift
-    zeros = panel + peek_i32(panel + 8) + 16 * unit
-    return panel + HEAD + peek_i32(panel + 4) * unit, g - (unit << shift), zeros
+    """Group g: addresses of its unit, its zero points and the unit's quads, its number there."""
+    shift, quads = peek_i32(panel), peek_i32(panel + 8)
+    number = g >> shift
+    unit = panel + HEAD + peek_i32(panel + 4) * number
+    zeros = unit + quads - 16 if peek_i32(panel + 16) else panel + SHARED
+    return unit, zeros, unit + quads, g - (number << shift)
+
+
+@inline
+def scales_of(panel, unit):
+    """The scales (16,) of a unit."""
+    return load_f16(unit) if peek_i32(panel + 12) else load_f32(unit)
 
 
 @inline
 def add_affine4(panel, g, x, rows, out):
-    unit, i, zeros = unit_of(panel, g)
-    add_above(load_split_quads(unit + 64 + 256 * i), load_f32(unit), zeros, x, rows, out)
+    unit, zeros, quads, i = unit_of(panel, g)
+    add_above(load_split_quads(quads + 256 * i), scales_of(panel, unit), zeros, x, rows, out)
 
 
 @inline
 def add_affine8(panel, g, x, rows, out):
-    unit, i, zeros = unit_of(panel, g)
-    add_above(load_quads(unit + 64 + 512 * i), load_f32(unit), zeros, x, rows, out)
+    unit, zeros, quads, i = unit_of(panel, g)
+    add_above(load_quads(quads + 512 * i), scales_of(panel, unit), zeros, x, rows, out)
 
 
 AFFINE4 = PanelEncoding("affine4_panels", 1, 1, 0, add_affine4, None)

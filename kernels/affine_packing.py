@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from ..registry import kernels
-from .affine import HEAD, geometry
+from .affine import HEAD, SHARED, geometry
 from .jit import arg, inline, jit, kernel, share
 from .quads import (
     byte_words, nibble_words, peek_i32, poke_i32, store_words, with_upper_words,
@@ -25,10 +25,10 @@ LEAST = {"int4": 8, "uint4": 0, "int8": 128, "uint8": 0}
 
 
 @inline
-def place(panel, g, shift, unit_bytes, group_bytes):
-    """The address of group g's quads."""
+def place(panels, g, shift, unit_bytes, group_bytes):
+    """The address of group g's quads, in panels whose first unit's quads begin at `panels`."""
     unit = g >> shift
-    return panel + HEAD + unit_bytes * unit + 64 + group_bytes * (g - (unit << shift))
+    return panels + unit_bytes * unit + group_bytes * (g - (unit << shift))
 
 
 @inline
@@ -100,7 +100,7 @@ def column_group4(source, k, n, i, lanes, flip, out):
 
 @jit
 def pack_rows(by_nibbles, args, thread, threads):
-    """args: rows, bytes a row, xor, panels, bytes a panel, shift, bytes a unit, N, K / 32."""
+    """args: rows, bytes a row, xor, first quads, bytes a panel, shift, bytes a unit, N, K / 32."""
     source, stride, flip, panels, step = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4),
     )  # fmt: skip
@@ -129,8 +129,8 @@ def pack_affine4_rows(args, thread, threads):
 
 @kernel
 def pack_affine8_columns(args, thread, threads):
-    """Bytes (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
-    unit, N, its first group, its groups, the first of its columns to pack, how many."""
+    """Bytes (K, N), a piece -> panels. args: piece, xor, first quads, bytes a panel,
+    shift, bytes a unit, N, its first group, its groups, its first column to pack, how many."""
     source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
     first, groups, column = arg(args, 7), arg(args, 8), arg(args, 9)
@@ -144,8 +144,8 @@ def pack_affine8_columns(args, thread, threads):
 
 @kernel
 def pack_affine4_columns(args, thread, threads):
-    """Nibbles (K, N), a piece -> panels. args: piece, xor, panels, bytes a panel, shift, bytes a
-    unit, N, its first group, its groups, the first of its columns to pack, how many."""
+    """Nibbles (K, N), a piece -> panels. args: piece, xor, first quads, bytes a panel,
+    shift, bytes a unit, N, its first group, its groups, its first column to pack, how many."""
     source, flip, panels, step = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     shift, unit_bytes, n = arg(args, 4), arg(args, 5), arg(args, 6)
     first, groups, column = arg(args, 7), arg(args, 8), arg(args, 9)
@@ -163,6 +163,7 @@ def pack_integers(ref, piece, out, first, count, start, stop):
     flip, where = LEAST[part.dtype], piece.ctypes.data
     bits = 4 if ref.encoding == "affine4" else 8
     flip *= 0x11111111 if bits == 4 else 0x01010101
+    out += HEAD + cut.quads
     head = flip, out, cut.nbytes, cut.shift, cut.unit_bytes
     order = "rows" if part.transposed else "columns"
     kernel = kernels()[f"pack_{ref.encoding}_{order}"]
@@ -187,17 +188,19 @@ def pack_values(ref, index, piece, out, first, start, stop):
     values = values[: cut.units - at]
     if not part.transposed and part.shape[1] > 1:
         values = values[:, start:stop]
+    if index == 2:
+        values = (values.astype(np.int16) + LEAST[part.dtype]).astype(np.uint8)
+        if not cut.zeros:
+            view(out, np.uint8, -(-n // 16), cut, SHARED, 0)[:] = values
+            return
     units = cut.units if part.shape[0] == 1 else len(values)
     columns = n if part.shape[1] == 1 else values.shape[1]
     panels = -(-columns // 16)
-    lanes = np.zeros((units, 16 * panels), np.float32)
+    kind = np.uint8 if index == 2 else np.float16 if cut.half else np.float32
+    lanes = np.zeros((units, 16 * panels), kind)
     lanes[:, :columns] = values
-    if index == 1:
-        place, kind, step = HEAD, np.float32, cut.unit_bytes
-    else:
-        place, kind, step = cut.zeros, np.uint8, 16
-        lanes += LEAST[part.dtype]
-    every = view(out, kind, -(-n // 16), cut, place, step)
+    place = HEAD + (cut.scale_bytes if index == 2 else 0)
+    every = view(out, kind, -(-n // 16), cut, place, cut.unit_bytes)
     every[above // 16 : above // 16 + panels, at : at + units] = lanes.reshape(
         units, panels, 16
     ).transpose(1, 0, 2)
@@ -207,16 +210,17 @@ def pack_heads(ref, out, panels):
     """The geometry into every panel, and the zero points of integers that have none of their own:
     signed ones are above -8 or -128."""
     cut = geometry(ref)
-    head = view(out, np.int32, panels, cut, 0, 64)[:, 0]
-    head[:, :3] = cut.shift, cut.unit_bytes, cut.zeros
-    view(out, np.uint8, panels, cut, cut.zeros, 16)[:] = LEAST[ref.parts[0].dtype]
+    head = view(out, np.int32, panels, cut, 0, 0)[:, 0]
+    head[:, :5] = cut.shift, cut.unit_bytes, cut.quads, cut.half, cut.zeros
+    view(out, np.uint8, panels, cut, SHARED, 0)[:] = LEAST[ref.parts[0].dtype]
 
 
 def view(out, kind, panels, cut, start, step):
     """Panels at an address: (panels, units, 16) elements, from byte `start` of each, the units
-    `step` bytes apart."""
+    `step` bytes apart; those of all units, one for them, with `step` 0."""
     memory = (ctypes.c_uint8 * (panels * cut.nbytes)).from_address(out)
     flat = np.frombuffer(memory, np.uint8)[start:]
     size = np.dtype(kind).itemsize
     elements = flat[: flat.size // size * size].view(kind)
-    return as_strided(elements, (panels, cut.units, 16), (cut.nbytes, step, size))
+    units = cut.units if step else 1
+    return as_strided(elements, (panels, units, 16), (cut.nbytes, step, size))

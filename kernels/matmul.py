@@ -58,7 +58,7 @@ def _kernel(product, weight):
 def is_ready(weight):
     """Whether there are kernels for a weight as it is: all but those in parts that were not packed
     when they were loaded."""
-    return weight.order == "panels" or not weight.ref.parts
+    return weight.order == "panels" or isinstance(weight, Matrix) or not weight.ref.parts
 
 
 def prepared(weight):
@@ -97,12 +97,20 @@ def calls(x, weight, out, kept=None):
     """
     room = _workspace if kept is None else kept.room
     if len(x) == 1 and weight.order == "panels":
-        n, k = weight.shape[1], x.shape[1]
+        (k, n), begin = weight.shape, _begin(weight)
         scratch, each, held = team().scratch(64 + RECORD * (k // 32))
-        where = weight.address, weight.row_bytes, x.ctypes.data, out.ctypes.data + 4 * weight.first
-        return [(_kernel("gemv", weight), *where, n, k, scratch, each)], (held,)
+        where = weight.address, weight.row_bytes, x.ctypes.data + 4 * begin
+        y = out.ctypes.data + 4 * weight.first
+        return [(_kernel("gemv", weight), *where, y, n, k, scratch, each, int(begin > 0))], (held,)
     few = len(x) <= FEW_ROWS and weight.order != "panels"
     return (_few if few else _many)(x, weight, out, room)
+
+
+def _begin(weight):
+    """The first of its K inputs, of a tile of a matrix in column order, packed or not."""
+    if isinstance(weight, Panels):
+        return weight.begin
+    return weight.first if weight.order == "columns" else 0
 
 
 def _few(x, weight, out, room):
@@ -123,23 +131,19 @@ def _few(x, weight, out, room):
 
 def _many(x, weight, out, room):
     """X is packed first: for a matrix in row order once for all of its tiles."""
-    (m, x_step), n = (len(x), x.strides[0]), weight.shape[1]
-    by_columns = weight.order == "columns"
-    k = weight.shape[0] if by_columns else x.shape[1]
+    (m, x_step), (k, n), begin = (len(x), x.strides[0]), weight.shape, _begin(weight)
+    packed, by_columns = weight.order == "panels", weight.order == "columns"
     kernel = _kernel(f"gemm_{precision()}", weight)
     pack, nbytes, working, most = _layout(kernel, weight, m, k)
     left, kept, fresh = room(nbytes, pack)
     scratch, each, held = team().scratch(working)
-    source, y, onto = x.ctypes.data, out.ctypes.data, ()
-    if by_columns:
-        source += 4 * weight.first
-    else:
+    source, y, onto = x.ctypes.data + 4 * begin, out.ctypes.data, int(begin > 0)
+    if not by_columns:
         y += 4 * weight.first
-    if weight.order != "panels":
-        onto = (int(by_columns and weight.first > 0),)
-    where = weight.address, weight.row_bytes, left, y, out.strides[0]
-    todo = [(kernel, *where, m, n, k, *onto, *most, scratch, each)]
-    if fresh or by_columns:
+    where = weight.address, weight.row_bytes, left, y, out.strides[0], m, n, k
+    rest = (*most, scratch, each, onto) if packed else (onto, scratch, each)
+    todo = [(kernel, *where, *rest)]
+    if fresh or by_columns or begin:
         todo.insert(0, (pack, source, x_step, left, m, k, *most))
     return todo, (kept, held)
 
@@ -167,9 +171,10 @@ def product(x, weight):
         return out
     kept = Kept() if weight.in_tiles else None
     for tile in weight.tiles():
-        todo, held = calls(x, tile, out, kept)
+        ready = prepared(tile)
+        todo, held = calls(x, ready, out, kept)
         team().run(todo)
-        del held
+        del held, ready
     if weight.encoding == "uint8":
         out *= np.float32(weight.scale)
         out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)
@@ -216,8 +221,7 @@ def matmul(a, b):
     if not isinstance(b, np.ndarray) and len(b.shape) != 2:
         b = decode(b.whole())
     if not isinstance(b, np.ndarray):
-        x, b = _rows(a), prepared(b)
-        return product(x, b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
+        return product(_rows(a), b).reshape(*a.shape[:-1], b.shape[1]).astype(a.dtype, copy=False)
     if not _is_float(a.dtype):
         return np.matmul(a, b)
     if b.ndim == 2 and a.ndim >= 2:

@@ -72,12 +72,17 @@ class Packer:
 
 
 class Panels:
-    """A weight in parts, packed for one product."""
+    """A weight in parts, or a tile of one, packed for one product.
 
-    order, first, in_tiles = "panels", 0, False
+    `first` is the first of its outputs, or of its inputs `begin`, of the whole weight's.
+    """
+
+    order, in_tiles = "panels", False
 
     def __init__(self, weight):
         packer, n = Packer(), weight.shape[1]
+        self.first = weight.first if weight.transposed else 0
+        self.begin = weight.first - self.first
         self.shape, self.encoding = weight.shape, weight.encoding
         self.row_bytes = packer.panel_bytes(weight.ref)
         self._memory = empty(-(-n // 16) * self.row_bytes + 64, np.uint8)

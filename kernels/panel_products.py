@@ -10,15 +10,15 @@ activations. The relative error against float32 activations is below 1e-4.
 import numpy as np
 
 from .affine import AFFINE4, AFFINE8
-from .jit import arg, jit, kernel, share
+from .jit import arg, inline, jit, kernel, share
 from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
 from .quads import (
     LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, poke_i32,
     quantize16,
 )  # fmt: skip
 from .vector import (
-    absolute, add, load_f32, max_lanes, maximum, mul, poke_f32, prefetch, store_f32, store_f32_n,
-    sum_lanes, zero,
+    absolute, add, load_f32, load_f32_n, max_lanes, maximum, mul, poke_f32, prefetch, store_f32,
+    store_f32_n, sum_lanes, zero,
 )  # fmt: skip
 
 LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
@@ -71,10 +71,8 @@ def quantize_rows(args, thread, threads):
 
 @jit
 def panel_product(token, panel, nbytes, x, groups, rows, out):
-    """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows) -> out
-    (rows, 16)."""
-    for r in range(rows):
-        store_f32(out + 64 * r, zero())
+    """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows), added to
+    out (rows, 16)."""
     each = nbytes // groups
     for g in range(groups):
         ahead = panel + each * g + AHEAD
@@ -83,17 +81,25 @@ def panel_product(token, panel, nbytes, x, groups, rows, out):
         add_group(token, panel, g, x + RECORD * rows * g, rows, out)
 
 
+@inline
+def begin(out, y, n, onto):
+    """out (16,) = 0, or the up to 16 floats at y that the product is added to."""
+    store_f32(out, load_f32_n(y, n) if onto else zero())
+
+
 @jit
 def gemv(token, args, thread, threads):
-    """args: panels, bytes a panel, x, y, N, K, scratch, its bytes a thread."""
+    """args: panels, bytes a panel, x, y, N, K, scratch, its bytes a thread, whether to add to y."""
     panels, step, x, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     n, k, out = arg(args, 4), arg(args, 5), arg(args, 6) + arg(args, 7) * thread
+    onto = arg(args, 8)
     start, stop = share(n, ROWS, thread, threads)
     if start == stop:
         return
     records = out + 64
     quantize(x, k, records, RECORD)
     for i in range(start, stop, ROWS):
+        begin(out, y + 4 * i, n - i, onto)
         panel_product(token, panels + step * (i // ROWS), step, records, k >> 5, 1, out)
         store_f32_n(y + 4 * i, load_f32(out), n - i)
 
@@ -101,14 +107,16 @@ def gemv(token, args, thread, threads):
 @jit
 def gemm(token, args, thread, threads):
     """args: panels, bytes a panel, records, Y, bytes a row of Y, M, N, K, rows a block, scratch,
-    its bytes a thread."""
+    its bytes a thread, whether to add to Y."""
     panels, step, records, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     stride, m, n, k = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
-    most, out = arg(args, 8), arg(args, 9) + arg(args, 10) * thread
+    most, out, onto = arg(args, 8), arg(args, 9) + arg(args, 10) * thread, arg(args, 11)
     start, stop = share(n, ROWS, thread, threads)
     for first in range(0, m, most):
         rows, x = min(most, m - first), records + RECORD * first * (k >> 5)
         for i in range(start, stop, ROWS):
+            for r in range(rows):
+                begin(out + 64 * r, y + stride * (first + r) + 4 * i, n - i, onto)
             panel_product(token, panels + step * (i // ROWS), step, x, k >> 5, rows, out)
             for r in range(rows):
                 store_f32_n(y + stride * (first + r) + 4 * i, load_f32(out + 64 * r), n - i)

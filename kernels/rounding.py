@@ -19,11 +19,16 @@ from ..registry import op
 from .buffers import contiguous
 from .jit import arg, jit, kernel, share
 from .mapping import launch
-from .vector import peek_f16, peek_f32, poke_f16, poke_f32
+from .vector import (
+    add, fma, load_f32, maximum, minimum, mul, peek_f16, peek_f32, poke_f16, poke_f32, splat, sub,
+    sum_lanes,
+)  # fmt: skip
+from .vector import zero as zeros
 
 TRIED = 19  # candidates beside the first
 SEGMENT = 128
-SMALLEST_HALF = 2.0**-24
+SMALLEST_SEARCHED = 1e-30  # a scale below it has no inverse worth multiplying by
+ROUNDER = 1.5 * 2.0**23  # added to a float32 and taken away again, it rounds to nearest
 
 
 @jit
@@ -51,33 +56,27 @@ def stored_scale(scale, half, p):
 
 
 @jit
-def weight_of(importance, i):
-    """The importance (n,) of element i, 1 where there is none."""
-    return at(importance, i) if importance else 1.0
-
-
-@jit
-def refined(w, importance, n, scale, zero, low, high):
-    """The scale of least squared error for the integers that `scale` gives n elements (n,)."""
-    above, below = 0.0, 0.0
-    for i in range(n):
+def moments(w, importance, n, scale, zero, low, high):
+    """Of the integers q, less the zero point, that `scale` gives n elements x (n,): the sums of
+    q x and of q q, by importance (n,). In float32, and a tie may be rounded otherwise."""
+    inverse, one = splat(1.0 / scale), splat(1.0)
+    least, most, rounder = splat(low - zero), splat(high - zero), splat(ROUNDER)
+    above, below = zeros(), zeros()
+    whole = n // 16 * 16
+    for i in range(0, whole, 16):
+        x = load_f32(w + 4 * i)
+        q = sub(add(mul(x, inverse), rounder), rounder)
+        q = minimum(most, maximum(least, q))
+        each = mul(q, load_f32(importance + 4 * i) if importance else one)
+        above, below = fma(each, x, above), fma(each, q, below)
+    first, second = np.float64(sum_lanes(above)), np.float64(sum_lanes(below))
+    for i in range(whole, n):
         x = at(w, i)
         q = nearest(x, scale, zero, low, high) - zero
-        each = weight_of(importance, i)
-        above += each * q * x
-        below += each * q * q
-    return above / below if below > 0.0 else scale
-
-
-@jit
-def error_of(w, importance, n, scale, zero, low, high):
-    """The squared error of n elements (n,), by importance."""
-    total = 0.0
-    for i in range(n):
-        x = at(w, i)
-        difference = x - scale * (nearest(x, scale, zero, low, high) - zero)
-        total += weight_of(importance, i) * difference * difference
-    return total
+        each = q * (at(importance, i) if importance else 1.0)
+        first += each * x
+        second += each * q
+    return first, second
 
 
 @jit
@@ -109,18 +108,19 @@ def fit(w, importance, n, tried, low, high, half, p):
     if most == least:
         return 1.0, 0.0
     scale, zero = candidate(0, least, most, extreme, low, high)
-    best, best_zero = stored_scale(scale, half, p), zero
-    if tried == 0:
+    best, best_zero, gain = stored_scale(scale, half, p), zero, -1.0
+    if tried == 0 or scale < SMALLEST_SEARCHED:
         return best, best_zero
-    error = error_of(w, importance, n, best, zero, low, high)
     for i in range(tried + 1):
         scale, zero = candidate(i, least, most, extreme, low, high)
-        if scale == 0.0:
-            continue
-        scale = stored_scale(refined(w, importance, n, scale, zero, low, high), half, p)
-        found = error_of(w, importance, n, scale, zero, low, high)
-        if found < error:
-            best, best_zero, error = scale, zero, found
+        above, below = moments(w, importance, n, scale, zero, low, high)
+        if i == 0:
+            gain = best * (2.0 * above - best * below)
+        if below > 0.0:
+            found = stored_scale(above / below, half, p)
+            better = found * (2.0 * above - found * below)  # how much less than all of x x is left
+            if better > gain:
+                best, best_zero, gain = found, zero, better
     return best, best_zero
 
 

@@ -26,6 +26,10 @@ DTYPES: Mapping[int, str] = MappingProxyType({
 """onnx.TensorProto.DataType number -> the element type's name as used throughout this package."""
 
 
+SHORT = ("int4", "uint4")
+"""Elements of parts of which a byte holds two."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """How a block of weights is stored: `block` elements take `nbytes` bytes."""
@@ -91,28 +95,50 @@ class WeightRef:
     @property
     def unit(self) -> tuple[int, int]:
         """How many stored rows of a matrix stay together when it is cut, and their bytes."""
+        if self.parts:
+            rows = self._together
+            return rows, sum(_rows_of(part, self, 0, rows).nbytes for part in self.parts)
         return (16, self.panel) if self.panel else (1, self.nbytes // self.stored_shape[0])
+
+    @property
+    def _together(self) -> int:
+        """Stored rows of a matrix in parts that its panels keep together: 16 of N, blocks of K."""
+        if self.transposed:
+            return 16
+        return 32 if self.block >= self.shape[0] else self.block
 
     def rows(self, start: int, stop: int) -> WeightRef:
         """Stored rows `start` to `stop` of a matrix; see `cut_by_rows`. In panels, `start` is the
         first row of one, and `stop` is so too or is the matrix's end."""
+        shape = (stop - start, self.stored_shape[1])
+        shape = shape[::-1] if self.transposed else shape
+        if self.parts:
+            parts = tuple(_rows_of(part, self, start, stop) for part in self.parts)
+            nbytes, offset = sum(part.nbytes for part in parts), parts[0].offset
+            return replace(self, shape=shape, offset=offset, nbytes=nbytes, parts=parts)
         rows, each = self.unit
         first, last = start // rows, -(-stop // rows)
-        shape = (stop - start, self.stored_shape[1])
         return replace(
-            self,
-            shape=shape[::-1] if self.transposed else shape,
-            offset=self.offset + each * first,
-            nbytes=each * (last - first),
+            self, shape=shape, offset=self.offset + each * first, nbytes=each * (last - first)
         )
 
     @property
     def cut_by_rows(self) -> bool:
         """Whether it is a matrix whose stored rows are weights of their own."""
         shape = self.stored_shape
-        if self.parts or len(shape) != 2 or shape[0] == 0:
+        if len(shape) != 2 or shape[0] == 0 or self.block_axis:
             return False
+        if self.parts:
+            return self._has_groups and all(_is_cut(part, self) for part in self.parts)
         return self.panel > 0 or self.nbytes % shape[0] == 0
+
+    @property
+    def _has_groups(self) -> bool:
+        """Whether K is of whole groups of 32, and its blocks of a power of two of them, or all:
+        so, with zero points that are integers, has a matrix in parts panels."""
+        each, integers = self.block // 32, all("int" in part.dtype for part in self.parts[2:])
+        blocks = self.block % 32 == 0 and not each & (each - 1)
+        return self.shape[0] % 32 == 0 and integers and (blocks or self.block >= self.shape[0])
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -126,6 +152,39 @@ class WeightRef:
     def matrix(self) -> tuple[object, ...]:
         """Equal for two references to the same stored bytes seen as the same logical tensor."""
         return (*self.key, self.shape, self.transposed)
+
+
+def _per_row(part: WeightRef, whole: WeightRef) -> int:
+    """How many stored rows of a matrix in parts share one row of a part; 0 when all share all."""
+    axis = int(whole.transposed)
+    if part is whole.parts[0] or (axis and part.shape[1] > 1):
+        return 1
+    return whole.block if part.shape[axis] > 1 else 0
+
+
+def _is_cut(part: WeightRef, whole: WeightRef) -> bool:
+    """Whether rows of a part lie together, and begin with a byte wherever its matrix is cut."""
+    axis = int(whole.transposed)
+    across = part.shape[1 - axis]
+    together = part.transposed == whole.transposed or 1 in part.shape
+    even = part.dtype not in SHORT or axis == 1 or across % 2 == 0 or part is whole.parts[0]
+    return not _per_row(part, whole) or (together and even)
+
+
+def _rows_of(part: WeightRef, whole: WeightRef, start: int, stop: int) -> WeightRef:
+    """What of a part belongs to stored rows `start` to `stop` of its matrix."""
+    each, axis = _per_row(part, whole), int(whole.transposed)
+    if not each:
+        return part
+    across = part.shape[1 - axis]
+    first, last = start // each, min(part.shape[axis], -(-stop // each))
+    if part.dtype in SHORT:
+        begin, end = first * across // 2, -(-last * across // 2)
+    else:
+        width = part.nbytes // (part.shape[0] * part.shape[1])
+        begin, end = first * across * width, last * across * width
+    shape = (across, last - first) if axis else (last - first, across)
+    return replace(part, shape=shape, offset=part.offset + begin, nbytes=end - begin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from . import device
 from .errors import MemoryBudgetError, UsageError
-from .files import room
 from .graph import Graph, WeightRef
 from .kvcache import CHUNK
 from .liveness import bound_for_tokens
@@ -96,7 +95,10 @@ def _made_of(ref: WeightRef, form: Form, packable: bool, streams: bool) -> int:
     """Bytes that an operator's turn makes of a stored weight: all of it, its floats, or panels."""
     gathered = ref.nbytes if streams and (form is not Form.TILES or not by_rows(ref)) else 0
     if ref.parts and form:
-        return gathered + (2 * ref.nbytes if packable else 9 * math.prod(ref.shape))
+        if not packable:
+            return gathered + 9 * math.prod(ref.shape)
+        packed = min(2 * PIECE, 2 * ref.nbytes) if streams and not gathered else 2 * ref.nbytes
+        return gathered + packed
     if (form and len(ref.shape) == 2) or ref.encoding in ("raw", ref.dtype):
         return gathered
     return gathered + 4 * math.prod(ref.shape)
@@ -221,7 +223,7 @@ def _budget(
     plan: Plan, sizes: Mapping[WeightRef, int], ram: int, used: int, reserve: int, reached: int
 ) -> Holding:
     """A ring of buffers, then the longest passes over a prompt, then as many weights as fit."""
-    slot = room(max((p.nbytes for ref in sizes for p in cut(ref)), default=0))
+    slot = max((piece.room for ref in sizes for piece in cut(ref)), default=0)
     least = used + LEAST_PIECES * slot
     chunk = CHUNK
     while chunk > SMALLEST_CHUNK and least + work_bytes(plan, chunk, True) > ram:
@@ -253,12 +255,20 @@ def _shares(plan: Plan, sizes: Mapping[WeightRef, int], left: int) -> dict[tuple
     wanted = 0.0  # bytes that were due and not given
     for ref in shared:
         wanted += part * sizes[ref]
-        rows = int(_rows(ref) * min(1.0, wanted / sizes[ref]))
-        rows = rows if rows == _rows(ref) else rows // 32 * 32  # as many as kernels take at a time
+        more = _beside_rows(ref)
+        rows = int(_rows(ref) * min(1.0, max(0.0, wanted - more) / sizes[ref]))
+        step = max(32, ref.unit[0]) if by_rows(ref) else 1  # kernels take 32 rows at a time
+        rows = rows if rows == _rows(ref) else rows // step * step
         if rows:
             held[ref.matrix] = rows
-            wanted -= sizes[ref] * rows / _rows(ref)
+            wanted -= sizes[ref] * rows / _rows(ref) + more
     return held
+
+
+def _beside_rows(ref: WeightRef) -> int:
+    """Bytes of the panels of some rows of K alone that do not become fewer with the rows: of each
+    a head, and what its end is filled up with."""
+    return 128 * -(-ref.shape[1] // 16) if ref.parts and not ref.transposed and by_rows(ref) else 0
 
 
 def make_provider(

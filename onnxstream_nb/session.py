@@ -243,7 +243,7 @@ class Session:
         value = values[name] if name in values else self.provider.get(self.graph.initializers[name])
         if isinstance(value, np.ndarray):
             return value
-        if isinstance(value, Weight) and (form is not Form.TILES or value.ref.parts):
+        if isinstance(value, Weight) and form is not Form.TILES:
             value = value.whole()
         if form:
             return value

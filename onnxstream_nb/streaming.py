@@ -16,7 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
-from .files import Bytes, Files, aligned, room
+from .files import PAGE, Bytes, Files, aligned, room
 from .graph import WeightRef
 from .lookup import LOOK_S, look
 from .weight import Weight
@@ -47,6 +47,31 @@ class Piece:
         """Bytes to read."""
         return self.stop - self.start
 
+    @property
+    def room(self) -> int:
+        """Bytes of memory in which they can be read."""
+        if not self.ref.parts:
+            return room(self.nbytes)
+        return sum(room(part.nbytes) for part in self.ref.parts)
+
+    def read_into(self, memory: Bytes, files: Files) -> Bytes:
+        """Read them into memory that begins at a page; those of rows in parts come one part behind
+        the other, of which all but the first are moved."""
+        if not self.ref.parts:
+            return files.read_into(memory, self.ref, self.start, self.stop)
+        begin = done = 0
+        for i, part in enumerate(self.ref.parts):
+            if isinstance(part.source, Path):
+                free = -(-done // PAGE) * PAGE
+                found = files.read_into(memory[free:], part, 0, part.nbytes)
+            else:
+                found = in_memory(part)
+            if i == 0:
+                begin = done = found.ctypes.data - memory.ctypes.data
+            memory[done : done + part.nbytes] = found
+            done += part.nbytes
+        return memory[begin:done]
+
 
 def by_rows(ref: WeightRef, size: int = PIECE) -> bool:
     """Whether a weight comes in stored rows; any other one is gathered before it is used."""
@@ -76,14 +101,13 @@ class _Ring:
     being read into, ready, or in use.
     """
 
-    def __init__(self, slots: int, size: int) -> None:
+    def __init__(self, slots: int, each: int) -> None:
         self.files = Files()
         self.pieces: Sequence[Piece] = ()
         self.bytes_read = 0
         self.reading: str = ""
         self.pass_read = 0  # bytes of this pass that the consumer has had
         self.waited = 0.0  # seconds that the consumer waited
-        each = room(size)
         memory = aligned(slots * each)
         self._memory = [memory[each * i : each * (i + 1)] for i in range(slots)]
         self._free = list(range(slots))
@@ -132,9 +156,7 @@ class _Ring:
                 self._next_read += 1
             result: Bytes | BaseException
             try:
-                result = self.files.read_into(
-                    self._memory[slot], piece.ref, piece.start, piece.stop
-                )
+                result = piece.read_into(self._memory[slot], self.files)
             except BaseException as error:  # handed to the thread that asks for the piece
                 result = error
             failed = isinstance(result, BaseException)
@@ -189,7 +211,7 @@ class _Ring:
 
     def read(self, piece: Piece) -> Bytes:
         """The bytes of a piece that nobody announced."""
-        found = self.files.read(piece.ref, piece.start, piece.stop)
+        found = piece.read_into(aligned(piece.room), self.files)
         with self._change:
             self.bytes_read += piece.nbytes
         return found
@@ -240,6 +262,8 @@ class _Streamed(Weight):
 
     def whole(self) -> Weight:
         """The weight in memory of its own."""
+        if self.ref.parts and by_rows(self.ref):
+            return self._joined()
         whole, done = np.empty(self.ref.nbytes, np.uint8), 0
         if self._held is not None:
             done = self._held.ref.nbytes
@@ -248,6 +272,15 @@ class _Streamed(Weight):
             whole[done : done + bytes_.nbytes] = bytes_
             done += bytes_.nbytes
         return Weight(self.ref, whole)
+
+    def _joined(self) -> Weight:
+        """The tiles of a weight in parts, each part's rows behind those of the tile before."""
+        whole = Weight(self.ref, np.empty(self.ref.nbytes, np.uint8))
+        for tile in self.tiles():
+            for part, rows in zip(whole.parts, tile.parts, strict=True):
+                at = rows.ref.offset - part.ref.offset
+                part.buffer[at : at + rows.ref.nbytes] = rows.buffer
+        return whole
 
     def _bytes(self) -> Iterator[tuple[Piece, Bytes]]:
         for piece in self._pieces:
@@ -292,7 +325,7 @@ class StreamProvider:
         }
         pieces = (piece for ref in refs for piece in self._cut.get(ref.matrix, ()))
         self._order = [piece for piece in pieces if _is_read(piece)]
-        largest = max((piece.nbytes for piece in self._order), default=0)
+        largest = max((piece.room for piece in self._order), default=0)
         self._ring = _Ring(slots if self._order else 0, largest)
         weakref.finalize(self, self._ring.stop)
 
@@ -376,4 +409,4 @@ def _has_file(ref: WeightRef) -> bool:
 
 
 def _is_read(piece: Piece) -> bool:
-    return isinstance(piece.ref.source, Path)
+    return _has_file(piece.ref)

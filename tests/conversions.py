@@ -58,6 +58,15 @@ def theirs(path: Path, ids: Sequence[int] = IDS) -> Array:
     return result
 
 
+def plainly(path: Path, feeds: dict[str, Array]) -> dict[str, Array]:
+    """Outputs by onnxruntime without its optimisations, which round what meets integers."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
 def same(one: Array, other: Array, tolerance: float = 1e-5) -> None:
     """Equal within a share of the greatest magnitude."""
     assert one.shape == other.shape

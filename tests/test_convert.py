@@ -1,9 +1,10 @@
-"""Conversions of small language models to ONNX: the same logits here, before, and in onnxruntime."""
+"""Small language models as ONNX: the same logits here, before, and in onnxruntime."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -15,8 +16,10 @@ from onnx import TensorProto
 from onnx_models import refusal
 
 from onnxstream_nb import formats
+from onnxstream_nb.convert import elements
 from onnxstream_nb.convert.convert import Written, convert
 from onnxstream_nb.errors import OutputError, UsageError
+from onnxstream_nb.formats import onnx_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
 
@@ -92,26 +95,23 @@ def test_one_file(tmp_path: Path) -> None:
     assert written.files == {"out.onnx": (tmp_path / "out.onnx").stat().st_size}
     model = onnx.load(tmp_path / "out.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert model.SerializeToString() == onnx.ModelProto.FromString(
-        (tmp_path / "out.onnx").read_bytes()
-    ).SerializeToString()
+    assert (
+        model.SerializeToString()
+        == onnx.ModelProto.FromString((tmp_path / "out.onnx").read_bytes()).SerializeToString()
+    )
     same(ours(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"), 1e-6)
     same(theirs(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"))
 
 
 def test_one_file_of_more_than_protobuf_holds(tmp_path: Path) -> None:
-    tiny = Tiny(hidden=64)
-    write_hf(tmp_path / "hf", tiny)
-    from onnxstream_nb.formats import onnx_folder
-
+    write_hf(tmp_path / "hf", TINY)
     graph = formats.load(tmp_path / "hf")
     name = "model.embed_tokens.weight"
-    from dataclasses import replace
-
     huge = replace(graph.initializers[name], shape=(2**25, 64))
     graph = graph.with_(initializers={**graph.initializers, name: huge})
     message = refusal(
-        lambda: onnx_folder.write_file(graph, None, None, None), UsageError  # type: ignore[arg-type]
+        lambda: onnx_folder.write_file(graph, *[cast(Any, None)] * 3),
+        UsageError,
     )
     assert "2 GiB" in message and "without .onnx" in message
 
@@ -158,8 +158,6 @@ def test_a_weight_that_float16_cannot_hold(tmp_path: Path) -> None:
 
 def test_large_matrices_pass_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same file whatever the size of pieces and strips."""
-    from onnxstream_nb.convert import elements
-
     for encoding in ("F32", "Q4_1"):
         source = tmp_path / f"{encoding}.gguf"
         write_gguf(source, TINY, encoding)

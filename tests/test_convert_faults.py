@@ -4,29 +4,31 @@ them: one line that names what is wrong, and nothing under the output's name."""
 from __future__ import annotations
 
 import errno
-import json
 import os
-import resource
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from verify_models import (
-    exported,
-    gguf,
-    hugging_face,
-    perceptron,
-    place_of,
-    spoil,
-    verify,
-    with_manifest,
+from output_faults import (
+    fill_up,
+    index_without_a_map,
+    interrupted,
+    limited,
+    listing,
+    missing_data,
+    missing_shard,
+    no_config,
+    refused,
+    truncated_gguf,
+    truncated_shard,
+    unknown_architecture,
+    unknown_gguf,
+    wrong_index,
 )
+from verify_models import exported, gguf, perceptron, place_of, spoil, verify, with_manifest
 
 from onnxstream_nb import cli
 from onnxstream_nb.convert.folder import OutputFile
@@ -37,7 +39,6 @@ pytestmark = [
 ]
 
 Capture = pytest.CaptureFixture[str]
-ROOT = Path(__file__).parent.parent
 TEXT = Path(__file__).parent / "fixtures" / "public_domain.txt"
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -53,101 +54,7 @@ def line(name: str, source: Path, out: Path, *flags: str) -> list[str]:
     return [verb, str(source), "-o", str(out), *rest, *flags]
 
 
-def listing(folder: Path) -> dict[str, int]:
-    """Everything below a folder, and the files' sizes."""
-    return {
-        str(p.relative_to(folder)): p.stat().st_size if p.is_file() else -1
-        for p in folder.rglob("*")
-    }
-
-
-def refused(capsys: Capture, folder: Path, command: list[str]) -> str:
-    """The message of a command that fails and leaves `folder` as it is."""
-    before = listing(folder)
-    assert cli.main(command) == 2
-    out, err = capsys.readouterr()
-    *_, message = err.splitlines()
-    assert message.startswith("error: ") and "Traceback" not in err and out == ""
-    assert listing(folder) == before
-    return message.removeprefix("error: ")
-
-
 # -- sources
-
-
-def no_config(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    (path / "config.json").unlink()
-    return path, f"{path}: no model in this folder; looked for"
-
-
-def unknown_architecture(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    config = json.loads((path / "config.json").read_text())
-    config["architectures"] = ["MysteryForCausalLM"]
-    (path / "config.json").write_text(json.dumps(config))
-    return path, "MysteryForCausalLM"
-
-
-def unknown_gguf(folder: Path) -> tuple[Path, str]:
-    folder.mkdir()
-    path = gguf(folder)
-    return spoil(path, lambda data: put(data, b"llama", b"mamba", every=True)), "'mamba'"
-
-
-def truncated_shard(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    shard = path / "model-00001-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    return path, f"{shard}: the tensors end at byte"
-
-
-def missing_shard(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    (path / "model-00001-of-00002.safetensors").unlink()
-    return path, "its weights file 'model-00001-of-00002.safetensors' is missing"
-
-
-def wrong_index(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    index = path / "model.safetensors.index.json"
-    found = json.loads(index.read_text())
-    name, shard = next(iter(found["weight_map"].items()))
-    other = next(s for s in found["weight_map"].values() if s != shard)
-    found["weight_map"][name] = other
-    index.write_text(json.dumps(found))
-    return path, f"{path / other}: tensor '{name}' is missing, although"
-
-
-def index_without_a_map(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    index = path / "model.safetensors.index.json"
-    index.write_text("{}")
-    return path, f"{index}: weight_map does not map"
-
-
-def truncated_gguf(folder: Path) -> tuple[Path, str]:
-    folder.mkdir()
-    path = gguf(folder)
-    path.write_bytes(path.read_bytes()[:-100])
-    return path, "tensor 'output.weight' ends at byte"
-
-
-def missing_data(folder: Path) -> tuple[Path, str]:
-    path = exported(folder)
-    path.with_name("model.onnx.data").unlink()
-    return path, "its weights file 'model.onnx.data' is missing"
-
-
-def damaged_tokenizer(folder: Path) -> tuple[Path, str]:
-    folder.mkdir()
-    path = gguf(folder)
-    return spoil(path, lambda data: put(data, b"gpt2", b"gptX")), "gptX"
-
-
-def put(data: bytearray, old: bytes, new: bytes, *, every: bool = False) -> None:
-    assert len(old) == len(new) and old in data
-    data[:] = data.replace(old, new, -1 if every else 1)
 
 
 SOURCES = [no_config, unknown_architecture, unknown_gguf, truncated_shard, missing_shard,
@@ -217,8 +124,10 @@ def test_outputs_that_are_refused(name: str, tmp_path: Path, capsys: Capture) ->
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("code", "share"),
+    [(errno.ENOSPC, 0.0), (errno.ENOSPC, 0.6), (errno.EDQUOT, 1.0), (errno.EIO, 0.5)],
+)
 def test_a_disk_that_fills_up(
     name: str, code: int, share: float, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: Capture,
@@ -227,21 +136,11 @@ def test_a_disk_that_fills_up(
     source, out = gguf(tmp_path), tmp_path / "out"
     assert cli.main(line(name, source, out)) == 0
     capsys.readouterr()
-    left = share * sum(size for size in listing(out).values() if size > 0) - 10
-    append = OutputFile._append
-
-    def full(self: OutputFile, view: memoryview) -> None:
-        nonlocal left
-        left -= len(view)
-        if left < 0:
-            raise OSError(code, os.strerror(code))
-        append(self, view)
-
-    monkeypatch.setattr(OutputFile, "_append", full)
     former = {p.name: p.read_bytes() for p in out.iterdir()}
     for place, flags in ((tmp_path / "new", ()), (out, ("--overwrite",))):
-        left = share * sum(map(len, former.values())) - 10
+        fill_up(monkeypatch, int(share * sum(map(len, former.values()))) - 10, code)
         message = refused(capsys, tmp_path, line(name, source, place, *flags))
+        monkeypatch.undo()
         assert str(place) in message and os.strerror(code) in message
         assert ("free some, or name" in message) == (code != errno.EIO)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == former
@@ -253,13 +152,7 @@ def test_a_limit_on_files(name: str, tmp_path: Path) -> None:
     source, out = gguf(tmp_path), tmp_path / "out"
     before = listing(tmp_path)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "onnxstream_nb", *line(name, source, out)],
-        capture_output=True, text=True, timeout=300, preexec_fn=limit, cwd=ROOT, check=False,
-    )  # fmt: skip
+    done = limited(line(name, source, out), 20_000)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     message = done.stderr.splitlines()[-1]
     assert message.startswith(f"error: {out}: File too large") and "free some" in message
@@ -278,39 +171,6 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
 
 
 # -- Ctrl-C, SIGKILL
-
-SLOW = """
-import sys, time
-from onnxstream_nb import cli
-from onnxstream_nb.convert.folder import OutputFile
-append = OutputFile._append
-
-def slow(self, view):
-    append(self, view)
-    time.sleep(0.05)
-
-OutputFile._append = slow
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def interrupted(command: list[str], folder: Path, number: signal.Signals) -> tuple[int, str]:
-    """A conversion that gets a signal while it writes; its exit code and what it said."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *command], cwd=ROOT, text=True, stderr=subprocess.PIPE
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not any(p.is_file() and p.stat().st_size for p in folder.glob(".*.partial/*")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline, "nothing was written"
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        return process.returncode, said
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

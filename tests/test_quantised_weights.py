@@ -22,6 +22,7 @@ from quantised_models import (
     weight_of,
 )
 from weight_files import Reads, closing
+from written_models import half_scaled
 
 from onnxstream_nb import packing
 from onnxstream_nb.cli.report import encoding_totals
@@ -150,6 +151,8 @@ SHIPPED = {
     "columns of bytes": dequantised("int8", 320, 50, per="row", zeros=True),
     "rows of bytes": dequantised("uint8", 320, 50, 128, turned=True),
     "4 bits": nbits(4, 320, 50, 64, zeros="packed"),
+    "half scales": half_scaled("uint4", 320, 34, 32, zeros=True),
+    "half scales of bytes": half_scaled("int8", 320, 33, 64, turned=True),
     "8 bits": nbits(8, 320, 33, 32),
 }
 
@@ -195,16 +198,18 @@ def panel_values(weight: Any) -> tuple[Array, Array, Array]:
     ).reshape(-1, weight.row_bytes)
     rows = []
     for panel in memory:
-        shift, size, zeros = panel[:12].view(np.int32)
+        shift, size, at, half, own = panel[:20].view(np.int32)
         groups = min(1 << int(shift), k // 32)
         units = -(-(k // 32) // groups)
-        inner = panel[64:zeros].reshape(units, size)
-        quads = inner[:, 64:].reshape(units, groups, -1, 16, 4)
+        inner = panel[64 : 64 + units * size].reshape(units, size)
+        quads = inner[:, at:].reshape(units, groups, -1, 16, 4)
         if weight.encoding == "affine4":
             quads = np.concatenate([quads & 15, quads >> 4], axis=2)
         q = np.moveaxis(quads, 3, 0).reshape(16, -1)[:, :k]
-        s = np.ascontiguousarray(inner[:, :64]).view(np.float32)
-        rows.append((q, s.T, panel[zeros : zeros + 16 * units].reshape(units, 16).T))
+        s = np.ascontiguousarray(inner[:, : 32 if half else 64])
+        s = s.view(np.float16 if half else np.float32)
+        z = inner[:, at - 16 : at] if own else np.tile(panel[32:48], (units, 1))
+        rows.append((q, s.T, z.T))
     return tuple(np.concatenate(part)[:n] for part in zip(*rows, strict=True))  # type: ignore
 
 

@@ -9,23 +9,15 @@ import numpy as np
 import pytest
 from kernel_oracles import assert_product
 from onnx_models import run, saved
-from quantised_models import (
-    Array,
-    Quantised,
-    activations,
-    dequantised,
-    onnxruntime_s,
-    parts_of,
-    rewritten,
-)
+from quantised_models import Array, activations, onnxruntime_s, parts_of, rewritten
 from written_models import (
     HALVES,
     Written,
+    half_scaled,
     scaled,
     tied_floats,
     tied_integers,
     widened,
-    with_widened_scales,
 )
 
 from onnxstream_nb.cli.report import encoding_totals
@@ -130,24 +122,22 @@ def test_what_narrows_or_stays_half_is_left() -> None:
 # -- integers with scales of half floats ---------------------------------------------------------
 
 
-def half_scaled(*args: Any, **options: Any) -> tuple[Quantised, int]:
-    """A quantised product whose scales are float16 in the file; its bytes there."""
-    found = dequantised(*args, **options, kind=np.float16)
-    return Quantised(with_widened_scales(found.model), found.dense, found.nbytes), found.nbytes
-
-
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8"])
 def test_blocks_with_half_scales(dtype: str, block: int, zeros: bool) -> None:
     for k, n in ((64, 16), (352, 37), (130, 5), (257, 33)):
-        found, nbytes = half_scaled(dtype, k, n, block, zeros=zeros)
+        found = half_scaled(dtype, k, n, block, zeros=zeros)
         x = activations(5, k)
         wanted = onnxruntime_s(found.model, {"x": x})
         with Session(found.model, load="ram", threads=1) as session:
             assert [node.op_type for node in session.graph.nodes] == ["MatMul"]
             ref = parts_of(session.graph)
-            assert (ref.dtype, ref.parts[1].dtype, ref.nbytes) == ("float32", "float16", nbytes)
+            assert (ref.dtype, ref.parts[1].dtype, ref.nbytes) == (
+                "float32",
+                "float16",
+                found.nbytes,
+            )
             packed = geometry(ref) is not None
             for m in (1, 5):
                 y = session.run({"x": x[:m]})["y"]
@@ -160,21 +150,21 @@ def test_blocks_with_half_scales(dtype: str, block: int, zeros: bool) -> None:
 @pytest.mark.parametrize("dtype", ["int4", "int8"])
 def test_a_half_scale_a_column(dtype: str) -> None:
     for k, n in ((352, 37), (131, 5)):
-        found, nbytes = half_scaled(dtype, k, n, per="row")
+        found = half_scaled(dtype, k, n, per="row")
         x = activations(3, k)
         with Session(found.model, load="ram") as session:
             ref = parts_of(session.graph)
-            assert (ref.dtype, ref.nbytes) == ("float32", nbytes)
+            assert (ref.dtype, ref.nbytes) == ("float32", found.nbytes)
             y = session.run({"x": x})["y"]
         assert_product(y, x, found.dense, packed=geometry(ref) is not None)
 
 
 def test_ways_of_loading_half_scales(tmp_path: Path) -> None:
-    found, nbytes = half_scaled("int4", 320, 33, 32)
+    found = half_scaled("int4", 320, 33, 32)
     x = activations(40, 320)
     results = []
     for session in sessions(found.model, tmp_path / "model.onnx"):
-        assert session.plan.weight_bytes == nbytes
+        assert session.plan.weight_bytes == found.nbytes
         results.append(session.run({"x": x})["y"])
         assert np.array_equal(session.run({"x": x[:1]})["y"], results[-1][:1])
     assert all(np.array_equal(y, results[0]) for y in results)

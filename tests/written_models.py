@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import make, value
-from quantised_models import OPSETS, Array, integers, scales
+from quantised_models import OPSETS, Array, Quantised, dequantised, integers, scales
 
 HALVES = ("float16", "bfloat16")
 
@@ -130,12 +130,12 @@ def tied_integers(
     return Written(_tied(weights, lookup, head, v, d), dense, nbytes)
 
 
-def with_widened_scales(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model of float16 whose first node is a DequantizeLinear, with float32 for all but its
-    scales: a Cast widens those."""
-    changed = onnx.ModelProto.FromString(model.SerializeToString())
-    changed.graph.node[0].input[1] = "s1"
-    changed.graph.node.insert(0, _cast("s", "s1"))
-    for inout in (*changed.graph.input, *changed.graph.output):
+def half_scaled(*args: Any, **options: Any) -> Quantised:
+    """`dequantised` with scales that are float16 in the file: a Cast widens them."""
+    found = dequantised(*args, **options, kind=np.float16)
+    graph = found.model.graph
+    graph.node[0].input[1] = "s1"
+    graph.node.insert(0, _cast("s", "s1"))
+    for inout in (*graph.input, *graph.output):
         inout.type.tensor_type.elem_type = TensorProto.FLOAT
-    return changed
+    return found

@@ -265,6 +265,10 @@ EXPORT = (
     ),
     JSON,
 )  # fmt: skip
+VOCAB = (
+    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
+    OUTPUT[1],
+)
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -303,6 +307,12 @@ VERBS: Mapping[str, Verb] = {
     ),
     "convert": Verb(
         "cli.convert:convert", "write a model in another format or type", CONVERT, "required"
+    ),
+    "vocab": Verb(
+        "cli.vocab:vocab",
+        "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
+        VOCAB,
+        "required",
     ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),

@@ -10,8 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from .emit import BOOL, Emit
+from .emit import FLOAT, Emit
 from .simple_formulas import Formula
+
+HIDDEN = -65504.0
+"""Float16's least number: added to a score, it leaves the key no weight."""
 
 
 def attention(e: Emit) -> None:
@@ -75,25 +78,26 @@ def _scores(e: Emit, query: str, keys: str, width: int, bias: str) -> str:
 
 
 def _bias(e: Emit, mask: str) -> str:
-    """What is added to the scores, 0 or minus infinity; "" for nothing."""
+    """What is added to the scores; "" for nothing.
+
+    A key that is hidden gets HIDDEN, which is finite: a query that sees no key at all would else
+    become NaN, and with it, in the next layer, every value.
+    """
     boolean = bool(mask) and e.rewriter.facts.dtype(mask) == "bool"
-    allowed = [mask] if boolean else []
-    if e.node.attributes.get("is_causal", 0):
-        allowed.insert(0, _causal(e))
-    if e.padding and allowed:
-        allowed.append(_padded(e, allowed[0]))
-    both = allowed[0] if allowed else ""
-    for other in allowed[1:]:
-        both = e("And", both, other)
-    bias = e("Where", both, e.number(0.0), e.number(-math.inf)) if both else ""
+    causal = bool(e.node.attributes.get("is_causal", 0))
+    allowed = _causal(e) if causal else mask
+    if causal and boolean:
+        allowed = e("And", allowed, mask)
+    terms = [e("Where", allowed, e.number(0.0), e.number(HIDDEN))] if causal or boolean else []
+    if e.padding and (causal or boolean):
+        padded = e("Sub", e.number(1.0), e("Cast", e.padding, to=FLOAT))
+        terms.append(e("Mul", padded, e.number(HIDDEN)))
     if mask and not boolean:
-        return e("Add", bias, mask) if bias else mask
+        terms.append(mask)
+    bias = terms[0] if terms else ""
+    for term in terms[1:]:
+        bias = e("Add", bias, term)
     return bias
-
-
-def _padded(e: Emit, like: str) -> str:
-    """The padding mask (1, L) as booleans of the shape of `like`, (T, L)."""
-    return e("Cast", e("Expand", e.padding, e("Shape", like)), to=BOOL)
 
 
 def _causal(e: Emit) -> str:

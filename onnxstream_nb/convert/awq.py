@@ -25,7 +25,7 @@ from .matrices import Matrix, read_rows
 Array = np.ndarray[Any, Any]
 
 ALPHAS = tuple(i / 10 for i in range(11))
-SAMPLED = 512  # inputs by which the alphas of a group are compared
+SAMPLED = 256  # inputs by which the alphas of a group are compared
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _best(
         factor = shared(folds, factor / np.sqrt(factor.max() * factor.min()))
         tried = Scaling(factor, folds, tuple(readers), inputs.importance / factor**2)
         error = sum(
-            _error(own, _effective(own, layer, tried, search), inputs.sample)
+            _error(own, _effective(own, layer, tried, False), inputs.sample)
             for own, layer in zip(rows, group.layers, strict=True)
         )
         if error < least:

@@ -91,9 +91,7 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
     if out.suffix.lower() == ".onnx":
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16"):
-        raise UsageError(
-            f"--dtype {dtype}: OnnxStream stores fp32 or fp16; give one of them"
-        )
+        raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16; give one of them")
 
 
 def _stored(graph: Graph) -> int:
@@ -123,9 +121,7 @@ def _in_order(draft: Draft) -> Draft:
     """Weights in the order in which a run needs them, and so they will lie in the files."""
     known = draft.graph.initializers
     names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)
-    return draft.with_(
-        draft.graph.with_(initializers={n: known[n] for n in (*names, *known)})
-    )
+    return draft.with_(draft.graph.with_(initializers={n: known[n] for n in (*names, *known)}))
 
 
 def _write_onnxstream(draft: Draft, dtype: str | None, folder: OutputFolder, report: Report) -> int:

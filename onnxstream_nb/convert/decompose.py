@@ -13,6 +13,7 @@ from . import attention_formulas, simple_formulas
 from .draft import Draft
 from .emit import Emit
 from .opset14 import lowered, widened
+from .renaming import renamed
 
 OPERATORS = frozenset({
     "Add", "And", "ArgMax", "Cast", "Concat", "ConstantOfShape", "Conv", "Cos", "Div", "Equal",
@@ -37,12 +38,26 @@ def decompose(draft: Draft, padding: str = "") -> Draft:
     draft = draft.with_(clean(draft.graph, draft.read))
     draft = draft.with_(_rewritten(draft, padding))
     draft = draft.with_(clean(draft.graph, draft.read))
-    return draft.with_(lowered(draft.graph))
+    return draft.with_(lowered(_without_idle_casts(draft)))
 
 
 def foreign(graph: Graph) -> list[str]:
     """The operators of a graph that OnnxStream's own engine does not know, in order."""
     return sorted({n.op_type for n in graph.nodes} - OPERATORS)
+
+
+def _without_idle_casts(draft: Draft) -> Graph:
+    """Outputs under their names where a Cast of floats to floats only gave them those."""
+    rewriter = Rewriter(draft.graph, draft.read)
+    names: dict[str, str] = {}
+    for node in draft.graph.nodes:
+        inner, dtype = node.inputs[:1], rewriter.facts.dtype
+        idle = node.op_type == "Cast" and dtype(inner[0]) == dtype(node.outputs[0]) == "float32"
+        if idle and inner[0] in rewriter.producer and inner[0] not in rewriter.kept:
+            names.setdefault(inner[0], node.outputs[0])
+    gone = set(names.values())
+    nodes = tuple(n for n in draft.graph.nodes if n.outputs[0] not in gone)
+    return renamed(draft.graph.with_(nodes=nodes), names) if names else draft.graph
 
 
 def _rewritten(draft: Draft, padding: str) -> Graph:

@@ -14,7 +14,7 @@ from ..passes.rewriting import Rewriter
 from ..passes.shape_rules import Shape
 from ..passes.symbols import Size
 
-BOOL, INT64 = 9, 7
+FLOAT, INT64, BOOL = 1, 7, 9
 """onnx.TensorProto's numbers of the targets of Cast."""
 
 _ROLES = re.compile(r"\.(out|rotated|biased)$")

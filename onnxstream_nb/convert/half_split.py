@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from ..graph import Node, WeightRef
 from ..passes.rewriting import Rewriter
 from .draft import Draft, Make
 
-Order = np.ndarray[tuple[int], np.dtype[np.int64]]
+Order = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def half_split(draft: Draft) -> Draft:
@@ -85,7 +86,8 @@ def _order(heads: int, width: int, rotated: int) -> Order:
     """(H * D,): the even ones of each head's rotated channels, the odd ones, those not rotated."""
     first = np.arange(0, rotated, 2)
     head = np.concatenate([first, first + 1, np.arange(rotated, width)])
-    return (np.arange(heads)[:, None] * width + head).reshape(-1)
+    order: Order = (np.arange(heads)[:, None] * width + head).reshape(-1)
+    return order
 
 
 def _reordered(draft: Draft, ref: WeightRef, order: Order) -> Make:

@@ -112,9 +112,12 @@ def nearest(rows: Array, importance: Array | None, grid: Grid, search: bool) -> 
 
 
 def how(rows: Array, grid: Grid, search: bool) -> tuple[int, int, int, bool, bool]:
-    """How the kernels are to round a matrix (N, K): block, range, search, scales of float16."""
-    length = grid.length(rows.shape[1])
-    return length, grid.low, grid.high, search, grid.scales == "float16"
+    """How the kernels are to round a matrix (N, K): block, range, search, scales of float16.
+
+    With 8 bits the scale that covers a block's range is as good as the best.
+    """
+    length, searched = grid.length(rows.shape[1]), search and grid.bits == 4
+    return length, grid.low, grid.high, searched, grid.scales == "float16"
 
 
 def scaled(draft: Draft, factors: Mapping[str, Mapping[int, Array]]) -> Draft:

@@ -87,7 +87,8 @@ def logical_not(e: Emit) -> None:
 
 def logical_or(e: Emit) -> None:
     """Of booleans as integers."""
-    e.logical_or(*e.node.inputs, output=e.node.outputs[0])
+    a, b = e.node.inputs
+    e.logical_or(a, b, output=e.node.outputs[0])
 
 
 def is_nan(e: Emit) -> None:

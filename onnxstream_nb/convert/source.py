@@ -36,7 +36,9 @@ def _lookups(graph: Graph, draft: Draft) -> Graph:
             tables[table.name] = rewriter.fresh(f"{table.name}{WIDE}")
             rewriter.add_initializer(replace(table, name=tables[table.name]))
         inputs = (tables[table.name], *gather.inputs[1:])
-        rewriter.replace(node, replace(node, op_type="Gather", inputs=inputs, attributes=gather.attributes))
+        rewriter.replace(
+            node, replace(node, op_type="Gather", inputs=inputs, attributes=gather.attributes)
+        )
     return rewriter.finish()
 
 

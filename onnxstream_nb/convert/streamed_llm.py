@@ -7,7 +7,7 @@ Its inputs are input_ids (1, T), attention_mask (1, P + T), position_ids (1, T) 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..graph import Graph, Node, Value, WeightRef
@@ -15,6 +15,7 @@ from ..passes import CachePair, find_cache
 from .decompose import decompose
 from .draft import Draft
 from .half_split import half_split
+from .renaming import renamed
 
 PADDING = "attention_mask"
 _FIRST = ("input_ids", PADDING, "position_ids", "logits")
@@ -51,31 +52,6 @@ def _names(pairs: Iterable[CachePair]) -> dict[str, str]:
         names[pair.past_input] = f"pkv{number}"
         names[pair.present_output] = f"opkv{number}"
     return names
-
-
-def renamed(graph: Graph, names: Mapping[str, str]) -> Graph:
-    """The graph with values of other names; one that has a wanted name already gives way."""
-    taken = {o for n in graph.nodes for o in n.outputs} | {i.name for i in graph.inputs}
-    wanted = {new for old, new in names.items() if new != old}
-    away = {name: f"{name}.other" for name in (taken & wanted) - names.keys()}
-    every = {**names, **away}
-
-    def value(v: Value) -> Value:
-        return replace(v, name=every.get(v.name, v.name))
-
-    def node(n: Node) -> Node:
-        inputs, outputs = (tuple(every.get(v, v) for v in vs) for vs in (n.inputs, n.outputs))
-        return replace(n, inputs=inputs, outputs=outputs)
-
-    def weight(r: WeightRef) -> WeightRef:
-        return replace(r, name=every.get(r.name, r.name)) if r.name in every else r
-
-    return graph.with_(
-        nodes=tuple(map(node, graph.nodes)),
-        inputs=tuple(map(value, graph.inputs)),
-        outputs=tuple(map(value, graph.outputs)),
-        initializers={every.get(n, n): weight(r) for n, r in graph.initializers.items()},
-    )
 
 
 def _padding(graph: Graph) -> list[Value]:

@@ -19,7 +19,8 @@ from ..passes.rewriting import remove_dead
 from ..progress import Report
 from .draft import Draft
 from .opset14 import storable
-from .streamed_llm import renamed, streamed
+from .renaming import renamed
+from .streamed_llm import streamed
 
 _LARGE = 1 << 16  # elements of an initializer that no shape depends on
 

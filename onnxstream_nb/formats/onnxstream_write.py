@@ -258,4 +258,5 @@ def _laid_out(array: Array, file: _File) -> Array:
 def _quantised(array: Array, ref: WeightRef) -> Array:
     """What stands for the numbers: they are of the form (q - zero_point) * scale already."""
     scale = ref.scale or 1.0  # a weight of zeros only may have none
-    return np.clip(np.rint(array / scale) + ref.zero_point, 0, 255).astype(np.uint8)
+    stored: Array = np.clip(np.rint(array / scale) + ref.zero_point, 0, 255).astype(np.uint8)
+    return stored

@@ -74,17 +74,21 @@ def _dequantised_rows(rewriter: Rewriter, node: Node) -> tuple[WeightRef, str] |
         else:
             found.append(_cast_rows(rewriter, cast.inputs[0], cast))
     known = [each for each in found if each is not None]
-    shape = rewriter.facts.shape(node.inputs[0])
     block = int(node.attributes.get("block_size", 0))
-    if len(known) != len(found) or shape is None or not block:
-        return None
     refs, ids = [ref for ref, _ in known], {ids for _, ids in known}
-    last = node.attributes.get("axis", 1) in (-1, len(shape) - 1)
-    if len(ids) != 1 or not last or not is_matrix(node, refs):
+    if len(known) != len(found) or len(ids) != 1 or not block or not is_matrix(node, refs):
+        return None
+    if node.attributes.get("axis", 1) not in (-1, _rank(rewriter, *ids)):
         return None
     factor = in_parts(refs[0].name, [transposed(ref) for ref in refs], block)
     table = None if factor is None else _as_table(factor)
     return None if table is None else (table, ids.pop())
+
+
+def _rank(rewriter: Rewriter, ids: str) -> int | None:
+    """The axes of ids that are an input of the graph, None of others."""
+    shapes = (value.shape for value in rewriter.graph.inputs if value.name == ids)
+    return next((len(shape) for shape in shapes if shape is not None), None)
 
 
 def _as_table(factor: WeightRef) -> WeightRef | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ModelError
@@ -22,14 +23,36 @@ def load_vocab_txt(path: Path) -> Tokenizer:
     """OnnxStream's `vocab.txt`: one `score,token` line per id, the token a Python byte literal's
     inside with spaces for `▁`. Control tokens are known by their text, or by standing behind
     the last scored piece; TinyLlama's three are supplied when model.txt has rows for them."""
+    pieces = read_pieces(path)
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    conventions = Conventions(bos_id=ids.get("<s>"), eos_id=ids.get("</s>"), add_bos=True)
+    return from_pieces(pieces, conventions, str(path))
+
+
+def read_pieces(path: Path) -> list[Piece]:
+    """The pieces of a `vocab.txt`, with those that TinyLlama's leaves out."""
     pieces = [_parse_line(path, n, line) for n, line in enumerate(_lines(path), 1)]
     if _embedding_rows(path.with_name("model.txt")) == len(pieces) + len(ONNXSTREAM_ADDED):
         pieces += [Piece(text, 0.0, PieceType.CONTROL) for text in ONNXSTREAM_ADDED]
     last = max((i for i, p in enumerate(pieces) if p.score < 0), default=len(pieces))
     pieces[last + 1 :] = [_trailing(piece) for piece in pieces[last + 1 :]]
-    ids = {piece.text: i for i, piece in enumerate(pieces)}
-    conventions = Conventions(bos_id=ids.get("<s>"), eos_id=ids.get("</s>"), add_bos=True)
-    return from_pieces(pieces, conventions, str(path))
+    return pieces
+
+
+def vocab_text(pieces: Sequence[Piece]) -> str:
+    """The `vocab.txt` of pieces, as OnnxStream's recipe writes it: no newline at its end.
+
+    TinyLlama's added tokens are left out where they stand last, since OnnxStream supplies them.
+    """
+    count = len(ONNXSTREAM_ADDED)
+    if tuple(piece.text for piece in pieces[-count:]) == ONNXSTREAM_ADDED:
+        pieces = pieces[:-count]
+    return "\n".join(f"{int(p.score)},{_escaped(p.text)}" for p in pieces)
+
+
+def _escaped(text: str) -> str:
+    """As Python prints the inside of a bytes literal, with spaces for `▁`."""
+    return str(text.replace(SPACE, " ").encode())[2:-1]
 
 
 def _lines(path: Path) -> list[bytes]:

@@ -12,13 +12,14 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
 from .config import Added, read_config
 from .vocabulary import BYTE_PIECE, SPACE, Conventions, Tokenizer, any_of
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
+_BPE = 2  # TrainerSpec.ModelType
 _CONTROL = re.compile(r"<unk>|</?s>|<pad>|\[PAD\]|<\|.*\|>")
 
 
@@ -133,22 +134,48 @@ def from_pieces(
     """Build a SentencePiece BPE model of `pieces`; its control tokens become special.
 
     `where` names the file in errors."""
+    model = model_bytes(
+        pieces,
+        add_space_prefix=add_space_prefix,
+        remove_extra_whitespaces=remove_extra_whitespaces,
+    )
+    hidden = (PieceType.CONTROL, PieceType.UNKNOWN)
+    special = {piece.text: i for i, piece in enumerate(pieces) if piece.type in hidden}
+    return SentencePieceTokenizer(
+        _processor(model, where),
+        replace(conventions, special=special),
+        {},
+        strips_leading_space=add_space_prefix,
+    )
+
+
+def model_bytes(
+    pieces: Sequence[Piece], *, add_space_prefix: bool, remove_extra_whitespaces: bool
+) -> bytes:
+    """A SentencePiece BPE `.model` of `pieces`, which changes no character before it merges."""
     normalizer = {
         "name": "identity",
         "add_dummy_prefix": add_space_prefix,
         "remove_extra_whitespaces": remove_extra_whitespaces,
     }
     rows = [{"piece": p.text, "score": p.score, "type": int(p.type)} for p in pieces]
-    trainer = {"model_type": 2, "byte_fallback": any(p.type is PieceType.BYTE for p in pieces)}
+    trainer = {"model_type": _BPE, "byte_fallback": any(p.type is PieceType.BYTE for p in pieces)}
     message = _model_proto()(pieces=rows, trainer_spec=trainer, normalizer_spec=normalizer)
-    hidden = (PieceType.CONTROL, PieceType.UNKNOWN)
-    special = {piece.text: i for i, piece in enumerate(pieces) if piece.type in hidden}
-    return SentencePieceTokenizer(
-        _processor(message.SerializeToString(), where),
-        replace(conventions, special=special),
-        {},
-        strips_leading_space=add_space_prefix,
-    )
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def read_pieces(path: Path) -> list[Piece]:
+    """The pieces of a SentencePiece `.model`; UnsupportedError when it is no BPE."""
+    data = path.read_bytes()
+    _processor(data, str(path))  # tells what is wrong with it
+    message = _model_proto().FromString(data)
+    if message.trainer_spec.model_type != _BPE:
+        raise UnsupportedError(
+            f"{path}: its pieces are chosen by probability (a unigram model), and vocab.txt is for "
+            "pieces that are merged; keep this file beside the model"
+        )
+    return [Piece(p.piece, p.score, PieceType(p.type or PieceType.NORMAL)) for p in message.pieces]
 
 
 def piece_type(text: str) -> PieceType:
