@@ -52,7 +52,7 @@ def located(source: str, report: Report) -> Path:
 
     entry = CATALOGUE.get(source)
     name = entry.repository if entry else source
-    if "/" in name and ":" not in name:
+    if "/" in name and ":" not in name and not source.startswith((".", "/", "~")):
         name += ":config.json"  # the folder it is in, also where a GGUF lies beside it
     return hub.resolve(name, progress=of_download(report)).path
 
@@ -66,6 +66,7 @@ def described(options: Mapping[str, Any], done: Exported) -> dict[str, Any]:
         "weights": done.weights, "dtype": done.dtype, "size_bytes": done.size_bytes,
         "difference": apart.absolute, "relative_difference": apart.relative,
         "largest": apart.largest, "output": apart.output, "runs": apart.runs,
+        "unsupported": apart.unsupported or None,
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1), "version": __version__,
     }  # fmt: skip
 
@@ -74,11 +75,14 @@ def table(document: Mapping[str, Any]) -> str:
     """The document as lines of text."""
     d = document
     size = device.format_size(d["size_bytes"])
-    return "\n".join([
+    lines = [
         f"{d['source']} -> {d['out']}",
         f"graph        opset {d['opset']}, {d['nodes']} nodes",
         f"weights      {d['weights']} elements, {d['dtype']}; {size} on disk",
         f"difference   {d['difference']:.2g} from PyTorch at most, in {d['output']}, whose largest"
         f" element is {d['largest']:.3g} ({d['runs']} runs)",
         f"peak memory  {d['peak_rss_mb']:.0f} MB",
-    ])  # fmt: skip
+    ]
+    if d["unsupported"]:
+        lines.append(f"compared by  the ONNX reference evaluator: {d['unsupported']}")
+    return "\n".join(lines)

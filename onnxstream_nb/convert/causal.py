@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ModelError, UnsupportedError
-from .exporters import Axes, Case, Subject, quiet
+from .exporters import Case, Subject, quiet, reason
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,9 @@ def load(folder: Path) -> Any:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype="float32", attn_implementation="eager", local_files_only=True
             )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # any: the libraries beneath have errors of their own
         raise ModelError(
-            f"{folder}: transformers cannot load it as a causal language model: {line}"
+            f"{folder}: transformers cannot load it as a causal language model: {reason(error)}"
         ) from error
     finally:
         if shown:

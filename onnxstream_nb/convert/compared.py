@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
 from ..session import Progress, Session
 from .exporters import Case
 
@@ -20,30 +21,34 @@ LIMIT = 1e-4
 a wrong mask or position does not."""
 
 
+Run = Callable[[dict[str, Array], list[str]], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Difference:
     """The largest difference of an element, the largest element of the result `output` that has
-    it, and `relative`, the largest quotient of the two over all results."""
+    it, and `relative`, the largest quotient of the two over all results. `unsupported` says why
+    the model cannot run here; then the ONNX standard's reference has computed it."""
 
     absolute: float
     largest: float
     relative: float
     output: str
     runs: int
+    unsupported: str = ""
 
 
 def difference(path: Path, cases: Sequence[Case], progress: Progress | None = None) -> Difference:
-    """Run the model at `path` on the cases and compare; its weights are mapped, not read whole.
+    """Run the model at `path` on the cases and compare.
 
     Raises ModelError when a result has another shape, is not finite where PyTorch's is, or is
     farther away than LIMIT.
     """
     worst = Difference(0.0, 0.0, 0.0, "", len(cases))
-    with Session(path, load="mmap", precision="exact", progress=progress) as session:
-        inputs = {v.name for v in session.inputs}
+    with _opened(path, progress) as (run, inputs, unsupported):
         for case in cases:
             feeds = {name: array for name, array in case.feeds.items() if name in inputs}
-            got = session.run(feeds, list(case.wanted))
+            got = run(feeds, list(case.wanted))
             for name, wanted in case.wanted.items():
                 found = _one(name, np.asarray(got[name]), wanted, len(cases))
                 worst = max(worst, found, key=lambda d: d.relative)
@@ -53,7 +58,27 @@ def difference(path: Path, cases: Sequence[Case], progress: Progress | None = No
             f"whose largest element is {worst.largest:.3g} (allowed: {LIMIT:g} of it); try the "
             "other --exporter"
         )
-    return worst
+    return replace(worst, unsupported=unsupported)
+
+
+@contextmanager
+def _opened(path: Path, progress: Progress | None) -> Iterator[tuple[Run, set[str], str]]:
+    """What runs the model, its inputs' names, and why that is not this package, if so. Weights are
+    mapped, not read whole."""
+    try:
+        session = Session(path, load="mmap", precision="exact", progress=progress)
+    except UnsupportedError as error:
+        from onnx.reference import ReferenceEvaluator
+
+        reference = ReferenceEvaluator(str(path))
+
+        def run(feeds: dict[str, Array], names: list[str]) -> Mapping[str, Any]:
+            return dict(zip(names, reference.run(names, feeds), strict=True))
+
+        yield run, set(reference.input_names), str(error)
+        return
+    with session:
+        yield session.run, {v.name for v in session.inputs}, ""
 
 
 def _one(name: str, got: Array, wanted: Array, runs: int) -> Difference:

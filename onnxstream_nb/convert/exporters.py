@@ -91,7 +91,7 @@ def drafted(subject: Subject, exporter: str) -> Draft:
     except Exception as error:  # any: the exporters run the model's own code and have no base class
         other = next(name for name in EXPORTERS if name != exporter)
         raise UnsupportedError(
-            f"PyTorch's exporter for {exporter} fails: {_reason(error)}; try --exporter {other}"
+            f"PyTorch's exporter for {exporter} fails: {reason(error)}; try --exporter {other}"
         ) from error
     graph = _declared(graph, subject, tensors)
     small = {name: make for name, make in tensors.items() if _is_small(graph, name)}
@@ -99,7 +99,7 @@ def drafted(subject: Subject, exporter: str) -> Draft:
     return _bound(graph, {name: make for name, make in tensors.items() if name not in small})
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The innermost cause's first line: exporters wrap it in advice to their own developers."""
     while error.__cause__ is not None:
         error = error.__cause__
