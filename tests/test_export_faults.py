@@ -1,4 +1,4 @@
-"""Bad folders, full disks, Ctrl-C and SIGKILL in front of `export`: nothing half-written is left."""
+"""Bad folders, a full disk and SIGKILL in front of `export`: nothing half-written is left."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from pathlib import Path
 import pytest
 from output_faults import (
     fill_up,
-    index_without_a_map,
     interrupted,
-    limited,
-    listing,
     missing_shard,
     no_config,
     refused,
     truncated_shard,
-    unknown_architecture,
-    wrong_index,
 )
 from verify_models import hugging_face, verify
 
@@ -33,10 +28,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits o
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize(
-    "damage", [no_config, unknown_architecture, truncated_shard, missing_shard, wrong_index,
-               index_without_a_map],
-)  # fmt: skip
+@pytest.mark.parametrize("damage", [no_config, truncated_shard, missing_shard])
 def test_folders_that_cannot_be_read(
     damage: Callable[[Path], tuple[Path, str]], tmp_path: Path, capsys: Capture
 ) -> None:
@@ -56,20 +48,9 @@ def test_a_disk_that_fills_up(
         assert message.startswith(f"{out}: No space left on device") and "free some" in message
 
 
-def test_a_limit_on_files(tmp_path: Path) -> None:
+def test_a_killed_export_leaves_another_name(tmp_path: Path, capsys: Capture) -> None:
     source, out = hugging_face(tmp_path / "m"), tmp_path / "out"
-    before = listing(tmp_path)
-    done = limited(["export", str(source), "-o", str(out)], 20_000)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {out}: File too large")
-    assert listing(tmp_path) == before
-
-
-def test_signals(tmp_path: Path, capsys: Capture) -> None:
-    source, out = hugging_face(tmp_path / "m"), tmp_path / "out"
-    command, before = ["export", str(source), "-o", str(out)], listing(tmp_path)
-    code, said = interrupted(command, tmp_path, signal.SIGINT)
-    assert code == 130 and said.endswith("interrupted\n") and listing(tmp_path) == before
+    command = ["export", str(source), "-o", str(out)]
     code, _ = interrupted(command, tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL and not out.exists()
     assert cli.main(command) == 0

@@ -135,10 +135,12 @@ def _written(
         graph = draft.graph
         del made, draft  # and with them PyTorch's weights, before ours are mapped
         gc.collect()
+        folder.settle()  # what is compared must have been written
         report("comparing with PyTorch", None)
         found = difference(folder.path / MODEL, cases, report)
     weights = sum(math.prod(ref.shape) for ref in graph.initializers.values())
-    size = folder.files[MODEL]["size"] if single else folder.size_bytes
+    files = [folder.files[MODEL]] if single else folder.files.values()
+    size = sum(file.size for file in files)
     return Exported(
         out, options.exporter, graph.opset[""], len(graph.nodes), weights, dtype, size, found
     )
