@@ -63,10 +63,15 @@ def steps(options: Mapping[str, Any], report: Report) -> tuple[Step, ...]:
         dtype=options["dtype"],
         block=DEFAULT_BLOCK if options["block"] is None else options["block"],
         asymmetric=options["asymmetric"],
-        keep=tuple(_pair(text) for text in options["keep"] or ()),
+        keep=layers_kept(options),
         matmul_nbits=options["matmul_nbits"],
     )
     return (partial(quantise, options=asked, report=report),)
+
+
+def layers_kept(options: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """What --keep says, as pairs of a pattern and a type."""
+    return tuple(_pair(text) for text in options["keep"] or ())
 
 
 def _pair(text: str) -> tuple[str, str]:

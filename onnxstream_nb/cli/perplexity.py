@@ -46,15 +46,15 @@ def _check_flags(options: Mapping[str, Any]) -> None:
         )
 
 
-def read_text(path: str) -> str:
-    """The text of a UTF-8 file, its line breaks as they stand."""
+def read_text(path: str, flag: str = "--text") -> str:
+    """The text of a UTF-8 file that a flag names, its line breaks as they stand."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise UsageError(f"--text {path}: {error.strerror}; name a file of text") from error
+        raise UsageError(f"{flag} {path}: {error.strerror}; name a file of text") from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"--text {path} is not UTF-8 (at byte {error.start}): convert it, for example by iconv"
+            f"{flag} {path} is not UTF-8 (at byte {error.start}): convert it, for example by iconv"
         ) from error
 
 

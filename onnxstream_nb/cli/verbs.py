@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
 from .options import Option, choice, dimension, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
@@ -201,74 +202,6 @@ VERIFY = (
     ),
     *LOADING[:3], JSON,
 )  # fmt: skip
-OUTPUT = (
-    Option(
-        ("-o", "--out"),
-        "what to write: a folder, or one file when its name ends in .onnx",
-        text, "OUT", required=True,
-    ),
-    Option(
-        ("--overwrite",), "replace OUT where it exists, once the new one is complete",
-        truth, default=False,
-    ),
-)  # fmt: skip
-ROUNDING = (
-    Option(
-        ("--block",), "how many weights share a scale, 0 for a whole column; default 32",
-        whole(0), "N",
-    ),
-    Option(
-        ("--asymmetric",), "integers with a zero point for each block", truth, default=False
-    ),
-    Option(
-        ("--keep",),
-        "store layers that match a pattern otherwise, as in *down_proj*=int8 or head=fp16; may be"
-        " repeated",
-        text, "PATTERN=DTYPE", repeat=True,
-    ),
-    Option(
-        ("--matmul-nbits",), "write MatMulNBits, an operator of onnxruntime's own",
-        truth, default=False,
-    ),
-)  # fmt: skip
-CONVERT = (
-    *OUTPUT,
-    Option(
-        ("--to",), "onnx, or onnxstream: a folder with model.txt; default onnx",
-        choice("onnx", "onnxstream"), "KIND", default="onnx",
-    ),
-    Option(
-        ("--dtype",),
-        "what weights are stored as: fp32, fp16, bf16, or rounded to int8 or int4; default: what"
-        " they are, and fp16 for a GGUF's block encodings",
-        choice("fp32", "fp16", "bf16", "int8", "int4"), "TYPE",
-    ),
-    *ROUNDING, JSON,
-)  # fmt: skip
-EXPORT = (
-    *OUTPUT,
-    Option(
-        ("--exporter",),
-        "opset14: by tracing, decomposed operators that every engine knows; opset23: by"
-        " torch.export, with Attention, RMSNormalization and RotaryEmbedding; default opset14",
-        choice("opset14", "opset23"), "KIND", default="opset14",
-    ),
-    Option(
-        ("--dtype",), "how weights are stored; default: as the model's files have them",
-        choice("fp32", "fp16", "bf16"), "TYPE",
-    ),
-    Option(
-        ("--module",),
-        "export any other PyTorch module: a function of an importable package that returns"
-        " (module, example inputs) and, if it likes, a dict of names and dynamic axes",
-        text, "PKG:FACTORY",
-    ),
-    JSON,
-)  # fmt: skip
-VOCAB = (
-    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
-    OUTPUT[1],
-)
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -296,7 +229,10 @@ VERBS: Mapping[str, Verb] = {
         "required",
     ),
     "export": Verb(
-        "cli.export:export", "a PyTorch model to ONNX, compared with PyTorch", EXPORT, "optional"
+        "cli.export:export",
+        "a PyTorch model to ONNX, compared with PyTorch",
+        (*EXPORT, JSON),
+        "optional",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "verify": Verb(
@@ -306,7 +242,16 @@ VERBS: Mapping[str, Verb] = {
         "required",
     ),
     "convert": Verb(
-        "cli.convert:convert", "write a model in another format or type", CONVERT, "required"
+        "cli.convert:convert",
+        "write a model in another format or type",
+        (*CONVERT, JSON),
+        "required",
+    ),
+    "quantize": Verb(
+        "cli.quantize:quantize",
+        "round a model's weights to 8 or 4 bits",
+        (*QUANTIZE, JSON),
+        "required",
     ),
     "vocab": Verb(
         "cli.vocab:vocab",

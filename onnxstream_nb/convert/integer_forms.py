@@ -7,7 +7,7 @@ DequantizeLinear is called as the initializer was, so that the products read it 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -167,6 +167,15 @@ def write_dequantised(
         ]
         blocked = {"axis": -1, "block_size": grid.length(k)}
         written.instead[id(node)] = [*rows, *_dequantise(matrix, picked, value, blocked)]
+
+
+def write_floats(written: Written, draft: Draft, matrix: Matrix, encoding: str) -> None:
+    """The same matrix of float32, marked as one that is to be stored in another type of floats."""
+    name, ref = matrix.name, draft.graph.initializers[matrix.name]
+    if ref.encoding != encoding:
+        kept = placeholder(name, ref.dtype, ref.shape)
+        written.initializers[name] = replace(kept, encoding=encoding)
+        written.made[name] = lambda: draft.read(ref)
 
 
 def _parts(

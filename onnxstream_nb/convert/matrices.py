@@ -5,7 +5,7 @@ Dims: a product is x (..., K) times (K, N); a table has V rows of D.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 _PLAIN_GEMM = {"transA": 0, "alpha": 1.0, "beta": 1.0}
 _ALIKE = frozenset({"Cast", "Tanh", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
+_ATTENTION = ("Attention", "")
 _WITH_ANOTHER = frozenset({"Add", "Mul", "Div", "Sub"})
 
 
@@ -31,7 +32,8 @@ class Matrix:
     `by_rows`: it is (N, K), else (K, N). `products` are the MatMul and Gemm that multiply by it,
     also behind a Transpose; `lookups` the Gather nodes that pick rows of it. A tied table may have
     a second name, `alias`: (D, V) over the same bytes, by which it is multiplied. `roles` are what
-    it is to the model: "head" gives the logits, "table" is looked up by input_ids.
+    it is to the model: "head" gives the logits, "values" those of an Attention, "table" is looked
+    up by input_ids.
     """
 
     ref: WeightRef
@@ -83,15 +85,20 @@ def find(draft: Draft) -> list[Matrix]:
     found = [m for name in graph.initializers if (m := finder.matrix(name)) is not None]
     merged = _with_aliases(found, draft.made)
     order = {id(node): i for i, node in enumerate(graph.nodes)}
-    heads = {id(node) for node in _leading_to(graph, "logits")}
-    named = [replace(m, roles=frozenset(_roles(m, heads))) for m in merged]
+    valued = [node.inputs[2] for node in graph.nodes if (node.op_type, node.domain) == _ATTENTION]
+    leading = {
+        "head": {id(node) for node in _leading_to(graph, ["logits"])},
+        "values": {id(node) for node in _leading_to(graph, valued)},
+    }
+    named = [replace(m, roles=frozenset(_roles(m, leading))) for m in merged]
     usable = [m for m in named if m.products or "table" in m.roles]
     return sorted(usable, key=lambda m: min(order[id(n)] for n in (*m.products, *m.lookups)))
 
 
-def _roles(matrix: Matrix, heads: set[int]) -> Iterator[str]:
-    if any(id(node) in heads for node in matrix.products):
-        yield "head"
+def _roles(matrix: Matrix, leading: Mapping[str, set[int]]) -> Iterator[str]:
+    for role, nodes in leading.items():
+        if any(id(node) in nodes for node in matrix.products):
+            yield role
     if any(node.inputs[1] == "input_ids" for node in matrix.lookups):
         yield "table"
 
@@ -178,9 +185,9 @@ def _with_aliases(found: Sequence[Matrix], made: Mapping[str, Any]) -> list[Matr
     return list(result.values())
 
 
-def _leading_to(graph: Graph, output: str) -> list[Node]:
-    """The products from which an output comes element by element."""
-    producers, found, values = graph.producers(), [], [output]
+def _leading_to(graph: Graph, outputs: Iterable[str]) -> list[Node]:
+    """The products from which values come element by element."""
+    producers, found, values = graph.producers(), [], list(outputs)
     while values:
         node = producers.get(values.pop())
         if node is None or node.domain:

@@ -25,7 +25,7 @@ METHODS: Mapping[str, str] = {
 """Method -> `module:function` of this package, a function (draft, options, report) -> Draft."""
 
 DTYPES = ("int4", "int8")
-FLOATS = ("fp32", "fp16", "bf16")
+FLOATS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SCALES = ("float16", "float32")
 DEFAULT_BLOCK = 32
 CALIBRATED = ("awq", "gptq")
@@ -38,10 +38,10 @@ class QuantiseOptions:
 
     `dtype` is that of weights; `block` how many along K share a scale (0: all of a column).
     `keep` are (pattern, dtype) of layers that differ, the first match counts: the pattern is one of
-    file names (`*down_proj*`) for the name of a weight or its node, or one of the roles "head" and
-    "table"; the dtype int4, int8, or one of FLOATS to leave it in floats. `search` looks for the
-    scales of least error, instead of those that cover a block's range. `matmul_nbits` writes
-    com.microsoft's operator, `scales` is their type.
+    file names (`*down_proj*`) for the name of a weight or its node, or one of the roles "head",
+    "values" and "table"; the dtype int4, int8, or one of FLOATS to leave it in floats. `search`
+    looks for the scales of least error, instead of those that cover a block's range.
+    `matmul_nbits` writes com.microsoft's operator, `scales` is their type.
 
     Calibration reads `tokens` of `text` (`source` names it in messages) in windows of `window`,
     through `tokenizer`, or for a model that reads no text the arrays of the folder `feeds`.

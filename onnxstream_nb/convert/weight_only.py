@@ -6,7 +6,7 @@ Dims: a matrix is (N, K), a group of them multiplies the same input x (T, K).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +18,15 @@ from ..progress import Report
 from . import awq, gptq
 from .calibration import feeds_of_text
 from .draft import Draft
-from .integer_forms import Codes, Grid, Rounded, Written, write_dequantised, write_nbits
+from .integer_forms import (
+    Codes,
+    Grid,
+    Rounded,
+    Written,
+    write_dequantised,
+    write_floats,
+    write_nbits,
+)  # fmt: skip
 from .layers import Calibration, Layer, nearest
 from .matrices import Matrix, find, read_rows
 from .quantise import FLOATS, QuantiseOptions
@@ -27,18 +35,21 @@ Array = np.ndarray[Any, Any]
 Compute = Mapping[str, Callable[[], Rounded]]
 
 BLOCKED_OPSET = 21  # DequantizeLinear in blocks, and of 4 bits
-SENSITIVE = (("head", "int8"),)
-"""What is kept at more than 4 bits unless `keep` says otherwise: the vocabulary's matrix, whose
-errors nothing behind it evens out."""
+SENSITIVE = tuple((name, "int8") for name in ("head", "values", "*v_proj*", "*attn_v.*"))
+"""What has 8 bits where others have 4, unless `keep` says otherwise: the vocabulary's matrix, whose
+errors nothing behind it evens out, and the small ones of an attention's values, which alone made a
+quarter of the divergence that all matrices make (SmolLM2, bench/quantise.py --kinds)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of a draft's matrices: `grids` by name of those that are quantised."""
+    """What becomes of a draft's matrices: `grids` by name of those that are quantised, `floats` the
+    types in which others are to be stored."""
 
     draft: Draft
     matrices: tuple[Matrix, ...]
     grids: Mapping[str, Grid]
+    floats: Mapping[str, str]
     search: bool
 
     @property
@@ -66,7 +77,7 @@ def activation_aware(draft: Draft, options: QuantiseOptions, report: Report) -> 
         _calibration(plan, options, report), plan.matrices, plan.search, _windows(options)
     )
     folded = awq.fold(plan.draft, found)
-    plan = Plan(folded, tuple(find(folded)), plan.grids, plan.search)
+    plan = replace(plan, draft=folded, matrices=tuple(find(folded)))
     importance = {name: each.importance for name, each in found.items()}
     return _written(plan, _nearest(plan, importance), options)
 
@@ -88,25 +99,29 @@ def _plan(draft: Draft, options: QuantiseOptions) -> Plan:
         )
     draft = draft.with_(raised)
     matrices = tuple(find(draft))
-    grids = {m.name: grid for m in matrices if (grid := _grid(m, options)) is not None}
+    dtypes = {m.name: _dtype(m, options) for m in matrices}
+    grids = {m.name: _grid(m, dtypes[m.name], options) for m in matrices
+             if dtypes[m.name] not in FLOATS}  # fmt: skip
+    floats = {name: FLOATS[dtype] for name, dtype in dtypes.items() if dtype in FLOATS}
     if not grids:
         raise UnsupportedError(
             "the graph has no matrix of floats that could be quantised: it is quantised already, "
             "or --keep keeps all of them"
         )
-    return Plan(draft, matrices, grids, options.search)
+    return Plan(draft, matrices, grids, floats, options.search)
 
 
-def _grid(matrix: Matrix, options: QuantiseOptions) -> Grid | None:
-    """The integers of a matrix; None when it is to stay in floats."""
+def _dtype(matrix: Matrix, options: QuantiseOptions) -> str:
+    """What --keep, or what is sensitive, or --dtype says of a matrix."""
     patterns = (*options.keep, *(SENSITIVE if options.dtype == "int4" else ()))
-    names = matrix.names
-    dtype = next(
-        (kind for pattern, kind in patterns if any(fnmatchcase(name, pattern) for name in names)),
-        options.dtype,
-    )
-    if dtype in FLOATS:
-        return None
+    for pattern, dtype in patterns:
+        if any(fnmatchcase(name, pattern) for name in matrix.names):
+            return dtype
+    return options.dtype
+
+
+def _grid(matrix: Matrix, dtype: str, options: QuantiseOptions) -> Grid:
+    """The integers of a matrix that has that dtype, or 8 bits where rows are looked up in it."""
     bits = 8 if dtype == "int8" or matrix.lookups else 4  # onnxruntime looks up no rows of 4 bits
     nbits = options.matmul_nbits and not matrix.lookups
     scales = "float32" if nbits and matrix.ref.dtype != "float16" else options.scales
@@ -146,4 +161,8 @@ def _written(plan: Plan, compute: Compute, options: QuantiseOptions) -> Draft:
             write_nbits(written, matrix, grid, codes)
         else:
             write_dequantised(written, plan.draft.graph, matrix, grid, codes)
+    for matrix in plan.matrices:
+        wanted = plan.floats.get(matrix.name, "")
+        if wanted and not matrix.alias and matrix.ref.dtype == "float32":
+            write_floats(written, plan.draft, matrix, wanted)
     return written.finish(plan.draft)
