@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up(
     assert {p.name: p.read_bytes() for p in out.iterdir()} == former
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["convert", "quantize"])
 def test_a_limit_on_files(name: str, tmp_path: Path) -> None:
     """The system's own error, in a process of its own."""
     source, out = gguf(tmp_path), tmp_path / "out"
@@ -173,7 +173,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
 # -- Ctrl-C, SIGKILL
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["convert", "quantize"])
 def test_ctrl_c_leaves_nothing(name: str, tmp_path: Path) -> None:
     source = gguf(tmp_path)
     before = listing(tmp_path)
@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_nothing(name: str, tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["convert to OnnxStream", "quantize"])
 def test_what_a_killed_process_leaves_has_another_name(
     name: str, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -215,8 +215,8 @@ def test_calibration_texts_that_will_not_do(method: str, tmp_path: Path, capsys:
     empty = tmp_path / "empty.txt"
     empty.write_bytes(b"")
     for text, message in (
-        (short, "longer text"),
-        (empty, "longer text"),
+        (short, "give a longer one"),
+        (empty, "give a longer one"),
         (latin, "UTF-8"),
         (tmp_path / "missing.txt", "No such file"),
         (tmp_path, "irectory"),
