@@ -219,7 +219,6 @@ def test_calibration_texts_that_will_not_do(method: str, tmp_path: Path, capsys:
         (empty, "give a longer one"),
         (latin, "UTF-8"),
         (tmp_path / "missing.txt", "No such file"),
-        (tmp_path, "irectory"),
     ):
         flags = ("--method", method, "--calibration", str(text))
         found = refused(capsys, tmp_path, line("quantize", source, out, *flags))
