@@ -23,6 +23,7 @@ from onnxstream_nb.passes import (
     grouped,
     heads,
     identity,
+    integer_products,
     layer_norm,
     past,
     quantised,
@@ -46,10 +47,9 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite, layer_norm.rewrite,
-    rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary, attention.rewrite,
-    grouped.rewrite, past.rewrite,
-    heads.rewrite_attention, swish.rewrite,
+    integer_products.rewrite, quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite,
+    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
+    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 
