@@ -12,6 +12,7 @@ Dims: a matrix is (N, K), inputs x (T, K), H (K, K).
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -83,6 +84,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the last reader
+        weakref.finalize(self, self._file.close)
 
     def keep(self, rounded: Rounded, dtype: str) -> Callable[[], Rounded]:
         """Write a rounded matrix; the result reads it."""
