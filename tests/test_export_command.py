@@ -98,9 +98,11 @@ def test_lines_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     document = json.loads(capsys.readouterr().out)
     assert document["relative_difference"] < 1e-5
     assert (document["dtype"], document["opset"], document["runs"]) == ("bf16", 14, 3)
-    assert document["size_bytes"] == sum(
-        p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name != "manifest.json"
-    ) + (tmp_path / "out" / "manifest.json").stat().st_size
+    assert (
+        document["size_bytes"]
+        == sum(p.stat().st_size for p in (tmp_path / "out").iterdir() if p.name != "manifest.json")
+        + (tmp_path / "out" / "manifest.json").stat().st_size
+    )
 
 
 @needs_torch
@@ -109,9 +111,7 @@ def test_an_output_that_exists_is_refused_first(
 ) -> None:
     (tmp_path / "out").mkdir()
     message = fails(capsys, tmp_path, "-o", tmp_path / "out")
-    assert message == (
-        f"-o {tmp_path / 'out'} exists; name another output, or give --overwrite"
-    )
+    assert message == (f"-o {tmp_path / 'out'} exists; name another output, or give --overwrite")
 
 
 def truncated(folder: Path) -> None:

@@ -116,9 +116,7 @@ def test_a_recurrent_network_with_results_in_a_dict(
     assert "Cast" in {node.op_type for node in graph.nodes}  # stored as float16
 
 
-def test_fixed_sizes_and_a_single_tensor(
-    package: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fixed_sizes_and_a_single_tensor(package: Any, capsys: pytest.CaptureFixture[str]) -> None:
     done = export(capsys, "--module", f"{package(FIXED)}:factory")
     assert (done["runs"], done["dtype"]) == (1, "fp32")
     graph = load(Path("out"))

@@ -1,4 +1,4 @@
-"""SmolLM2 as a Hugging Face folder, exported both ways: the references' greedy ids, and its size."""
+"""SmolLM2 as a Hugging Face folder, exported both ways: the references' ids, and its size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rounding matrices in blocks: against plain Python, onnx's reference, and at the ends of ranges."""
+"""Rounding matrices in blocks: against plain Python, onnx's reference, at the ends of ranges."""
 
 from __future__ import annotations
 

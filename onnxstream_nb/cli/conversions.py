@@ -82,6 +82,10 @@ QUANTIZE = (
         number(50, 100), "P",
     ),
 )  # fmt: skip
+VOCAB = (
+    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
+    OUTPUT[1],
+)
 EXPORT = (
     *OUTPUT,
     Option(
@@ -101,7 +105,3 @@ EXPORT = (
         text, "PKG:FACTORY",
     ),
 )  # fmt: skip
-VOCAB = (
-    Option(("-o", "--out"), "a file to write: NAME.txt or NAME.model", text, "OUT", required=True),
-    OUTPUT[1],
-)

@@ -93,6 +93,7 @@ def facts(written: Written) -> dict[str, Any]:
         "seconds": round(written.seconds, 3),
         "mb_per_s": round(written.size_bytes / written.seconds / 1e6, 1),
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1),
+        "note": written.note,
     }
 
 
@@ -109,4 +110,4 @@ def summary(document: Mapping[str, Any]) -> str:
         f"time       {d['seconds']:.1f} s, {d['mb_per_s']:.0f} MB/s;"
         f" peak memory {d['peak_rss_mb']:.0f} MB",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"note       {d['note']}"] if d["note"] else lines)

@@ -34,9 +34,11 @@ def export(options: Mapping[str, Any]) -> int:
 def exported(options: Mapping[str, Any], report: Report) -> Exported:
     """Do it."""
     from ..convert import export as convert
+    from ..convert.folder import check_out
 
     how = convert.Options(options["exporter"], options["dtype"], options["overwrite"])
     out = Path(options["out"]).expanduser()
+    check_out(out, overwrite=how.overwrite)  # before anything is downloaded
     if options["module"] is not None:
         return convert.export_module(options["module"], out, how, report)
     return convert.export_language_model(located(options["model"], report), out, how, report)

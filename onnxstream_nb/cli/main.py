@@ -116,7 +116,7 @@ def parse(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -
         )
     if name == "generate":
         _check_prompts(options)
-    if name == "bench" and options["dtype"] and not options["random_weights"]:
+    if options.get("dtype") and not options.get("random_weights", True):
         raise UsageError("--dtype is the storage of --random-weights: give both")
     return options
 

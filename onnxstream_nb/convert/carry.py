@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
 from ..graph import Graph
 from ..tokenizer import load_tokenizer
 from ..tokenizer.gguf import carries_tokenizer
 from ..tokenizer.load import find
 from ..tokenizer.save import files
 from .folder import OutputFolder
+from .vocabulary import vocab_txt, vocabulary_file
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -28,7 +29,7 @@ def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
 
     One inside a GGUF, or in OnnxStream's vocab.txt, is written as Hugging Face's files.
     """
-    if not any(value.name == "input_ids" for value in graph.inputs):
+    if not _reads_text(graph):
         return
     found = _found(source)
     if found is not None and found.suffix not in _COPIED:
@@ -41,6 +42,27 @@ def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
         for name in COMPANIONS:
             if name not in folder.files and (place / name).is_file():
                 folder.copy(place / name)
+
+
+def text_vocabulary(source: Path, graph: Graph, folder: OutputFolder) -> str:
+    """Put OnnxStream's vocab.txt into a language model's folder, where the vocabulary has that
+    form; else a remark that says why not."""
+    if not _reads_text(graph):
+        return ""
+    found = _found(source)
+    if found is None:
+        return "there is no vocab.txt, since the source has no tokenizer"
+    try:
+        data = vocab_txt(found if found.suffix == ".gguf" else vocabulary_file(found.parent))
+    except UnsupportedError as error:
+        return f"there is no vocab.txt, which OnnxStream itself needs: {error}"
+    with folder.file("vocab.txt") as file:
+        file.write(data)
+    return ""
+
+
+def _reads_text(graph: Graph) -> bool:
+    return any(value.name == "input_ids" for value in graph.inputs)
 
 
 def _found(source: Path) -> Path | None:

@@ -107,7 +107,7 @@ def _wrapped(model: Any) -> torch.nn.Module:
     import torch
     from transformers import DynamicCache
 
-    class Causal(torch.nn.Module):
+    class Causal(torch.nn.Module):  # type: ignore[misc]
         """(ids, mask, positions, past keys and values) -> (logits, present ones), as tuples."""
 
         def __init__(self) -> None:
@@ -139,13 +139,14 @@ def _empty_past(causal: Any, model: Any) -> list[Array]:
     with quiet(), torch.no_grad():
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
     layers = getattr(out.past_key_values, "layers", ()) if "past_key_values" in out else ()
-    pairs = [(getattr(x, "keys", None), getattr(x, "values", None)) for x in layers]
-    if not pairs or any(t is None or t.ndim != 4 or t.shape[2] != 2 for p in pairs for t in p):
+    tensors = [getattr(layer, kind, None) for layer in layers for kind in ("keys", "values")]
+    known = [t for t in tensors if t is not None and t.ndim == 4 and t.shape[2] == 2]
+    if not known or len(known) != len(tensors):
         raise UnsupportedError(
             f"{name}: its state between tokens is not keys and values of each layer, which is "
             "what an exported language model carries from one token to the next"
         )
-    return [np.zeros((1, t.shape[1], 0, t.shape[3]), np.float32) for p in pairs for t in p]
+    return [np.zeros((1, t.shape[1], 0, t.shape[3]), np.float32) for t in known]
 
 
 def _feeds(ids: Array, past: list[Array]) -> list[Array]:

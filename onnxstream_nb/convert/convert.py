@@ -26,7 +26,7 @@ KINDS = ("onnx", "onnxstream")
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a conversion wrote: files by name -> bytes, of which `weight_bytes` are the weights'
-    own (without pages, graph and tokenizer), and how long it took."""
+    own (without pages, graph and tokenizer), how long it took, and a remark or ""."""
 
     path: Path
     kind: str
@@ -34,6 +34,7 @@ class Written:
     weight_bytes: int
     source_bytes: int
     seconds: float
+    note: str = ""
 
     @property
     def size_bytes(self) -> int:
@@ -60,7 +61,6 @@ def convert(
     model that is damaged, OutputError when it cannot be written; then nothing is left at `out`.
     """
     began, tell = time.perf_counter(), report or (lambda text, fraction: None)
-    single = out.suffix.lower() == ".onnx"
     _check_form(out, to, dtype)
     check_out(out, overwrite=overwrite, source=source)
     tell("reading the graph", None)
@@ -68,19 +68,24 @@ def convert(
     source_bytes = _stored(draft.graph)
     for step in steps:
         draft = step(draft)
-    name = onnx_folder.MODEL if single else ""
-    with output_folder(out, overwrite=overwrite, single=name, source=source) as folder:
+    single, note = onnx_folder.MODEL if _is_file(out) else "", ""
+    with output_folder(out, overwrite=overwrite, single=single, source=source) as folder:
         if not single:
             carry.tokenizer(source, draft.graph, folder)
         if to == "onnxstream":
+            note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
-            weights = _write_onnx(draft, dtype, folder, tell, shard_bytes, single)
+            weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
-        sizes = {out.name: sizes[onnx_folder.MODEL]}
+        sizes = {out.name: sizes[single]}
     seconds = time.perf_counter() - began
-    return Written(out, to, sizes, weights, source_bytes, seconds)
+    return Written(out, to, sizes, weights, source_bytes, seconds, note)
+
+
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".onnx"
 
 
 def _check_form(out: Path, to: str, dtype: str | None) -> None:
@@ -88,7 +93,7 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
         raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
     if to == "onnx":
         return
-    if out.suffix.lower() == ".onnx":
+    if _is_file(out):
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16"):
         raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16; give one of them")
@@ -100,24 +105,19 @@ def _stored(graph: Graph) -> int:
 
 
 def _write_onnx(
-    draft: Draft,
-    dtype: str | None,
-    folder: OutputFolder,
-    report: Report,
-    shard_bytes: int,
-    single: bool,
+    draft: Draft, dtype: str | None, folder: OutputFolder, report: Report, shard_bytes: int | None
 ) -> int:
-    """Write model.onnx and what belongs to it; the bytes of its weights."""
+    """Write model.onnx, its weights inside unless there is a size of shards; their bytes."""
     draft = ties.share(draft)
-    draft = _in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
-    if single:
+    draft = in_order(floats.store(draft if dtype else uint8.keep(draft), dtype))
+    if shard_bytes is None:
         onnx_folder.write_file(draft.graph, draft.raw, folder, report)
     else:
         onnx_folder.write_folder(draft.graph, draft.raw, folder, report, shard_bytes)
     return onnx_folder.weight_bytes(draft.graph)
 
 
-def _in_order(draft: Draft) -> Draft:
+def in_order(draft: Draft) -> Draft:
     """Weights in the order in which a run needs them, and so they will lie in the files."""
     known = draft.graph.initializers
     names = dict.fromkeys(i for node in draft.graph.nodes for i in node.inputs if i in known)

@@ -21,7 +21,7 @@ from ..weights import DiskProvider, numpy_dtype
 Array = np.ndarray[Any, Any]
 
 PIECE = 1 << 22  # elements that are read at a time
-STRIP = 1 << 27  # bytes of a matrix that is being transposed
+STRIP = 1 << 28  # bytes of a matrix that is being transposed
 CHUNK = 8 << 20  # bytes that are copied at a time
 _PLAIN = ("raw", "float32", "float16", "bfloat16")
 _STRIPE = 16  # rows that are transposed at a time: their columns share cache lines

@@ -18,14 +18,16 @@ from ..formats.onnx_folder import MODEL, write_file, write_folder
 from ..progress import Report
 from . import carry, causal, module
 from .compared import Difference, difference
+from .convert import FLOATS, in_order
 from .draft import Draft
 from .exporters import Case, drafted, require
 from .floats import store
 from .folder import OutputFolder, check_out, output_folder
 from .tied import tied
-from .torch_weights import DTYPES, own_dtype, round_to
+from .torch_weights import own_dtype, round_to
 
 EXPORTERS = tuple(causal.ATTENTION)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -97,9 +99,7 @@ def export_module(name: str, out: Path, options: Options, report: Report) -> Exp
     return _written(make, out, options, report)
 
 
-def _language_model(
-    model: Any, exporter: str, report: Report
-) -> tuple[tuple[Case, ...], Draft]:
+def _language_model(model: Any, exporter: str, report: Report) -> tuple[tuple[Case, ...], Draft]:
     """The model's results and its draft, with the first way of computing attention that the
     exporter takes."""
     refused: UnsupportedError | None = None
@@ -129,18 +129,17 @@ def _written(
     single = MODEL if _is_file(out) else ""
     with output_folder(out, overwrite=options.overwrite, single=single, source=source) as folder:
         made = make(folder)
-        draft, cases, dtype = store(made.draft, DTYPES[made.dtype]), made.cases, made.dtype
+        draft, cases = in_order(store(made.draft, FLOATS[made.dtype])), made.cases
         write = write_file if single else write_folder
         write(draft.graph, draft.raw, folder, report)
-        graph = draft.graph
+        graph, dtype = draft.graph, made.dtype
         del made, draft  # and with them PyTorch's weights, before ours are mapped
+        folder.settle()
         gc.collect()
-        folder.settle()  # what is compared must have been written
         report("comparing with PyTorch", None)
         found = difference(folder.path / MODEL, cases, report)
     weights = sum(math.prod(ref.shape) for ref in graph.initializers.values())
-    files = [folder.files[MODEL]] if single else folder.files.values()
-    size = sum(file.size for file in files)
+    size = sum(f.size for name, f in folder.files.items() if not single or name == MODEL)
     return Exported(
         out, options.exporter, graph.opset[""], len(graph.nodes), weights, dtype, size, found
     )

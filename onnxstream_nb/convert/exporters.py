@@ -250,7 +250,9 @@ def _bound(graph: Graph, tensors: Mapping[str, Make]) -> Draft:
     return Draft(
         graph.with_(
             inputs=tuple(v for v in graph.inputs if v.name not in tensors),
-            nodes=tuple(replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in nodes),
+            nodes=tuple(
+                replace(n, inputs=tuple(renamed.get(i, i) for i in n.inputs)) for n in nodes
+            ),
             initializers=refs,
         ),
         made,

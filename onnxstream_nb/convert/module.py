@@ -64,7 +64,8 @@ def _made(name: str) -> tuple[torch.nn.Module, tuple[torch.Tensor, ...], Mapping
         raise UsageError(f"--module {name}: the second of what it returns is no tuple of tensors")
     if not isinstance(options, Mapping) or not options.keys() <= _KEYS:
         raise UsageError(
-            f"--module {name}: the third of what it returns is no dict of {', '.join(sorted(_KEYS))}"
+            f"--module {name}: the third of what it returns is no dict of "
+            f"{', '.join(sorted(_KEYS))}"
         )
     return module.eval(), tuple(inputs), options
 
@@ -99,7 +100,7 @@ def _importing_from_here() -> Iterator[None]:
 def _wrapped(module: torch.nn.Module) -> torch.nn.Module:
     import torch
 
-    class Positional(torch.nn.Module):
+    class Positional(torch.nn.Module):  # type: ignore[misc]
         """Any number of tensors -> a tuple of all tensors in the module's result."""
 
         def __init__(self) -> None:
@@ -188,9 +189,7 @@ def _input_axes(
     return {key: axes for key, axes in given.items() if key in ranks and axes}
 
 
-def _grown(
-    names: Sequence[str], inputs: Sequence[torch.Tensor], axes: Axes
-) -> list[torch.Tensor]:
+def _grown(names: Sequence[str], inputs: Sequence[torch.Tensor], axes: Axes) -> list[torch.Tensor]:
     """The example inputs with every open size one larger: the first slice once more."""
     import torch
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import formats, passes
-from ..graph import Graph
+from ..graph import Graph, Node
 from ..passes.constants import widened
 from ..passes.rewriting import Rewriter, captured
 from .draft import Draft
 from .floats import WIDE
-from .streamed_llm import renamed
+from .renaming import renamed
 
 
 def read(source: Path) -> Draft:
@@ -36,9 +36,9 @@ def _lookups(graph: Graph, draft: Draft) -> Graph:
             tables[table.name] = rewriter.fresh(f"{table.name}{WIDE}")
             rewriter.add_initializer(replace(table, name=tables[table.name]))
         inputs = (tables[table.name], *gather.inputs[1:])
-        rewriter.replace(
-            node, replace(node, op_type="Gather", inputs=inputs, attributes=gather.attributes)
-        )
+        name = node.name.removesuffix("/Cast")
+        lookup = Node("Gather", inputs, node.outputs, gather.attributes, name)
+        rewriter.replace(node, lookup)
     return rewriter.finish()
 
 

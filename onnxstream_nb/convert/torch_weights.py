@@ -3,24 +3,21 @@ that what is exported can be compared with what PyTorch computes to the last dig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..formats.safetensors_header import read_object
-
-DTYPES: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""--dtype -> the name of the elements' type, PyTorch's and ours."""
+from .convert import FLOATS
 
 
 def own_dtype(folder: Path) -> str:
-    """The --dtype of a Hugging Face folder's weights by its config.json, fp32 where it is silent."""
+    """The --dtype of a Hugging Face folder's weights: fp32 where its config.json is silent."""
     config = read_object(folder / "config.json")
     inner = config.get("text_config")
     for fields in (config, inner if isinstance(inner, dict) else {}):
         name = fields.get("dtype") or fields.get("torch_dtype")
-        for short, dtype in DTYPES.items():
+        for short, dtype in FLOATS.items():
             if dtype == name:
                 return short
     return "fp32"
@@ -36,7 +33,7 @@ def round_to(module: Any, dtype: str) -> None:
 
     if dtype == "fp32":
         return
-    target = getattr(torch, DTYPES[dtype])
+    target = getattr(torch, FLOATS[dtype])
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim < 2:
