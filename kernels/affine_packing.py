@@ -5,16 +5,14 @@ scales along K. A piece of a part is `count` of its stored rows, from row `first
 multiple of PIECE; rows `start` to `stop` of the N, whole panels of them, are packed at a time.
 """
 
-import ctypes
-
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from ..registry import kernels
 from .affine import HEAD, SHARED, geometry
 from .jit import arg, inline, jit, kernel, share
 from .quads import (
-    byte_words, nibble_words, peek_i32, poke_i32, store_words, with_upper_words,
+    byte_words, nibble_words, peek_i32, peek_u16, poke_i32, poke_u8, poke_u16, store_words,
+    with_upper_words,
 )  # fmt: skip
 from .threads import team
 from .vector import peek_u8
@@ -157,6 +155,48 @@ def pack_affine4_columns(args, thread, threads):
             column_group4(source, 32 * g, n, column + i, min(16, stop - i), flip, out)
 
 
+@kernel
+def pack_affine_heads(args, thread, threads):
+    """Heads of panels. args: panels, how many, bytes a panel, the five numbers of a head, the zero
+    point of all units."""
+    start, stop = share(arg(args, 1), 16, thread, threads)
+    for i in range(start, stop):
+        panel = arg(args, 0) + arg(args, 2) * i
+        for j in range(5):
+            poke_i32(panel + 4 * j, arg(args, 3 + j))
+        for lane in range(16):
+            poke_u8(panel + SHARED + lane, arg(args, 8))
+
+
+@inline
+def move(source, bits, i, flip, out, lane):
+    """Element i -> a lane; of zero points, some bits are turned over."""
+    if bits == 16:
+        poke_u16(out + 2 * lane, peek_u16(source + 2 * i))
+    elif bits == 32:
+        poke_i32(out + 4 * lane, peek_i32(source + 4 * i))
+    elif bits == 8:
+        poke_u8(out + lane, peek_u8(source + i) ^ flip)
+    else:
+        poke_u8(out + lane, nibble(source, i) ^ flip)
+
+
+@kernel
+def pack_affine_values(args, thread, threads):
+    """Scales or zero points (rows, units), a piece -> panels. args: piece, bits an element, xor,
+    its first element, elements from row to row, from unit to unit, where the first go, bytes a
+    panel, bytes a unit, rows, units."""
+    source, bits, flip, begin = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    row_step, unit_step, out = arg(args, 4), arg(args, 5), arg(args, 6)
+    start, stop = share(arg(args, 9), 16, thread, threads)
+    for i in range(start, stop, 16):
+        panel, lanes = out + arg(args, 7) * (i >> 4), min(16, stop - i)
+        for unit in range(arg(args, 10)):
+            element, place = begin + row_step * i + unit_step * unit, panel + arg(args, 8) * unit
+            for lane in range(lanes):
+                move(source, bits, element + row_step * lane, flip, place, lane)
+
+
 def pack_integers(ref, piece, out, first, count, start, stop):
     """A piece of the integers, flat bytes -> the panels of rows `start` to `stop` at `out`."""
     cut, (k, n), part = geometry(ref), ref.shape, ref.parts[0]
@@ -177,50 +217,45 @@ def pack_integers(ref, piece, out, first, count, start, stop):
 
 
 def pack_values(ref, index, piece, out, first, start, stop):
-    """A piece of the scales or the zero points, as stored (rows, ...) -> the panels of rows `start`
-    to `stop` at `out`.
+    """A piece of the scales or the zero points, as a weight -> the panels of rows `start` to `stop`
+    at `out`.
 
     What is one for all rows or all blocks is written for each of them.
     """
-    cut, n, part = geometry(ref), stop - start, ref.parts[index]
-    values = piece.T if part.transposed else piece
-    at, above = (0, max(0, first - start)) if part.transposed else (first, 0)
-    values = values[: cut.units - at]
-    if not part.transposed and part.shape[1] > 1:
-        values = values[:, start:stop]
-    if index == 2:
-        values = (values.astype(np.int16) + LEAST[part.dtype]).astype(np.uint8)
-        if not cut.zeros:
-            view(out, np.uint8, -(-n // 16), cut, SHARED, 0)[:] = values
-            return
-    units = cut.units if part.shape[0] == 1 else len(values)
-    columns = n if part.shape[1] == 1 else values.shape[1]
-    panels = -(-columns // 16)
-    kind = np.uint8 if index == 2 else np.float16 if cut.half else np.float32
-    lanes = np.zeros((units, 16 * panels), kind)
-    lanes[:, :columns] = values
-    place = HEAD + (cut.scale_bytes if index == 2 else 0)
-    every = view(out, kind, -(-n // 16), cut, place, cut.unit_bytes)
-    every[above // 16 : above // 16 + panels, at : at + units] = lanes.reshape(
-        units, panels, 16
-    ).transpose(1, 0, 2)
+    cut, part, columns = geometry(ref), ref.parts[index], piece.ref.stored_shape[1]
+    values, bits = _elements(piece)
+    rows, units, at, above, source = stop - start, cut.units, 0, 0, 0
+    if part.transposed:
+        row_step, unit_step, above = columns, 1, max(0, first - start)
+        rows = rows if part.shape[1] == 1 else piece.shape[1]
+    else:
+        row_step, unit_step, source = 1, columns, start if columns > 1 else 0
+        at = first if part.shape[0] > 1 else 0
+        units = min(units - at, piece.shape[0]) if part.shape[0] > 1 else units
+    row_step, unit_step = row_step * (part.shape[1] > 1), unit_step * (part.shape[0] > 1)
+    place, unit_bytes = HEAD + (cut.scale_bytes if index == 2 else 0), cut.unit_bytes
+    if index == 2 and not cut.zeros:
+        place, unit_bytes, units = SHARED, 0, 1
+    where = out + cut.nbytes * (above // 16) + place + cut.unit_bytes * at
+    steps, flip = (source, row_step, unit_step), LEAST.get(part.dtype, 0)
+    args = values.ctypes.data, bits, flip, *steps, where, cut.nbytes, unit_bytes, rows, units
+    team().run([(pack_affine_values, *args)])
+
+
+def _elements(piece):
+    """The stored elements of scales or zero points as panels have them, flat, and bits of each."""
+    dtype = piece.ref.dtype
+    if dtype in ("int4", "uint4"):
+        return piece.buffer, 4
+    values = piece.stored()
+    if dtype == "bfloat16":
+        values = values.astype(np.float32)
+    return values, 8 * values.itemsize
 
 
 def pack_heads(ref, out, panels):
     """The geometry into every panel, and the zero points of integers that have none of their own:
     signed ones are above -8 or -128."""
-    cut = geometry(ref)
-    head = view(out, np.int32, panels, cut, 0, 0)[:, 0]
-    head[:, :5] = cut.shift, cut.unit_bytes, cut.quads, cut.half, cut.zeros
-    view(out, np.uint8, panels, cut, SHARED, 0)[:] = LEAST[ref.parts[0].dtype]
-
-
-def view(out, kind, panels, cut, start, step):
-    """Panels at an address: (panels, units, 16) elements, from byte `start` of each, the units
-    `step` bytes apart; those of all units, one for them, with `step` 0."""
-    memory = (ctypes.c_uint8 * (panels * cut.nbytes)).from_address(out)
-    flat = np.frombuffer(memory, np.uint8)[start:]
-    size = np.dtype(kind).itemsize
-    elements = flat[: flat.size // size * size].view(kind)
-    units = cut.units if step else 1
-    return as_strided(elements, (panels, units, 16), (cut.nbytes, step, size))
+    cut, zero = geometry(ref), LEAST[ref.parts[0].dtype]
+    head = cut.shift, cut.unit_bytes, cut.quads, int(cut.half), int(cut.zeros)
+    team().run([(pack_affine_heads, out, panels, cut.nbytes, *head, zero)])

@@ -175,7 +175,7 @@ def test_graphs_from_before_opset_13_are_raised(feeds: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dynamic", "static"])
 def test_what_is_kept_stays_in_floats(model: onnx.ModelProto, feeds: Path, method: str) -> None:
-    keep = (("w1*", "fp32"), ("ge*", "fp16"), ("head", "fp32"))
+    keep = (("w1*", "fp32"), ("ge*", "fp16"), ("last", "fp32"))
     found = quantised(model, method=method, feeds=feeds, keep=keep)
     assert {"w4", "w5"} <= stored(found).keys()
     assert kinds(found)["MatMulInteger"] == 0 and kinds(found)["Gemm"] == 1

@@ -27,6 +27,7 @@ from .draft import Draft
 from .feeds import feeds_of_files
 from .integer_dynamic import DynamicProducts
 from .integer_weights import Constant, Constants, Keep, Stored
+from .matrices import find
 from .ranges import Range, by_value, format_ranges, read_ranges
 from .smooth import smoothed
 
@@ -64,6 +65,8 @@ def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     data: it says what the model itself computes.
     Raises UsageError when there is nothing to quantise, or neither range data nor calibration data.
     """
+    if options.asymmetric:
+        raise UsageError("--asymmetric is for --method dynamic: static weights are symmetric")
     draft = prepared(draft)
     if options.range_data is None and options.feeds is None:
         draft = smoothed(draft, feeds_of(draft, options), report)
@@ -140,13 +143,12 @@ def kept_by(draft: Draft, keep: tuple[tuple[str, str], ...]) -> Keep:
     for pattern, dtype in keep:
         if dtype == "int4":
             raise UsageError(f"--keep {pattern}={dtype}: weights and activations have 8 bits here")
-    outputs = {draft.graph.outputs[0].name} if draft.graph.outputs else set()
+    roles = {name: matrix.names for matrix in find(draft) for name in matrix.names}
 
     def is_kept(*names: str) -> bool:
+        every = {*names, *(other for name in names for other in roles.get(name, ()))}
         for pattern, dtype in keep:
-            if any(fnmatchcase(name, pattern) for name in names) or (
-                pattern == "head" and not outputs.isdisjoint(names)
-            ):
+            if any(fnmatchcase(name, pattern) for name in every):
                 return dtype != "int8"
         return False
 

@@ -66,7 +66,8 @@ def clean(graph: Graph, read: Read) -> Graph:
 
 def with_quantised_weights(graph: Graph) -> Graph:
     """The graph with every stored matrix as one weight: to count what its weights are."""
-    for step in (constants.rewrite_views, quantised.rewrite, tables.rewrite):
+    steps = constants.rewrite_views, integer_products.rewrite, quantised.rewrite, tables.rewrite
+    for step in steps:
         graph = step(graph, _unread)
     return graph
 

@@ -76,16 +76,16 @@ def _put(
     parts = [product.inputs[1], w_scale]
     zero = product.inputs[3] if len(product.inputs) > 3 else ""
     if zero:
-        parts.append(_of_shape(rewriter, zero, rewriter.graph.initializers[w_scale].shape))
+        parts.append(_of_shape(rewriter, zero, rewriter.graph.initializers[w_scale].shape, new))
     matrix = rewriter.node("DequantizeLinear", parts, f"{product.inputs[1]}.numbers", axis=1)
     factors = (numbers[q], matrix.outputs[0])
     rewriter.replace(node, *new, matrix, Node("MatMul", factors, node.outputs, {}, node.name))
 
 
-def _of_shape(rewriter: Rewriter, zero: str, shape: tuple[int, ...]) -> str:
+def _of_shape(rewriter: Rewriter, zero: str, shape: tuple[int, ...], new: list[Node]) -> str:
     """The zero points in the shape of the scales, as DequantizeLinear wants them."""
-    ref = rewriter.graph.initializers[zero]
-    if ref.shape == shape:
+    if rewriter.graph.initializers[zero].shape == shape:
         return zero
-    spread = np.broadcast_to(np.asarray(rewriter.read(ref)).reshape(-1), shape or (1,))
-    return rewriter.constant(f"{zero}.spread", np.ascontiguousarray(spread.reshape(shape)))
+    wanted = rewriter.constant(f"{zero}.shape", np.array(shape, np.int64))
+    new.append(rewriter.node("Reshape" if not shape else "Expand", (zero, wanted), f"{zero}.each"))
+    return new[-1].outputs[0]
