@@ -22,7 +22,7 @@ from tokenizer_fixtures import smollm2
 from onnxstream_nb.cli.main import main
 
 TINY = Tiny(hidden=64, intermediate=96, vocab=80)
-LARGE = Tiny(hidden=512, intermediate=2048, vocab=8000, layers=4)  # 50 MB as float32
+LARGE = Tiny(hidden=256, intermediate=1024, vocab=8000, layers=2)  # 26 MB as float32
 
 
 def convert(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -83,6 +83,18 @@ def test_overwriting_deletes_no_folder_of_another_kind(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "letters").read_text() == "dear"
 
 
+def test_links(tmp_path: Path) -> None:
+    """A link counts as an output that exists, even one to nowhere; what it leads to is kept."""
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="exists"):
+        fill(tmp_path / "out")
+    fill(tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    fill(tmp_path / "link", {"new": b"x"}, overwrite=True)
+    assert names(tmp_path / "link") == ["manifest.json", "new"]
+    assert "model.onnx" in names(tmp_path / "real")
+
+
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     fill(tmp_path / "model")
     for source in (tmp_path / "model", tmp_path / "model" / "model.onnx"):

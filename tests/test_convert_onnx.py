@@ -174,7 +174,8 @@ def test_integers_stay_what_they_are(tmp_path: Path, kind: str) -> None:
     source = saved(make(nodes, [value("x", shape=("m", 64))], [value("y", shape=("m", 47))],
                         weights), tmp_path / "m.onnx")  # fmt: skip
     for dtype in (None, "float16"):
-        convert(source, tmp_path / f"{dtype}", dtype=dtype)
+        written = convert(source, tmp_path / f"{dtype}", dtype=dtype)
+        assert (f"{kind} integers stay" in written.note) == (dtype is not None)
         model = onnx.load(tmp_path / f"{dtype}" / "model.onnx")
         stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
         assert np.array_equal(stored["q"], q) and np.array_equal(stored["s"], s)
@@ -194,6 +195,26 @@ def test_packed_elements(dtype: str) -> None:
     for cuts in ([], [1], [2, 4, 4], [3, 10, 11, 500], [1000]):
         pieces = raw_data(np.split(elements, cuts), dtype)
         assert b"".join(bytes(memoryview(p)) for p in pieces) == wanted  # type: ignore[arg-type]
+
+
+def test_tables_of_positions_stay_exact(tmp_path: Path) -> None:
+    """Cosines are looked up by position; words by their ids are weights."""
+    tables = {name: matrix(64, 32, i) for i, name in enumerate(("words", "cosines"))}
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["a"]),
+        helper.make_node("Gather", ["cosines", "position_ids"], ["b"]),
+        helper.make_node("Mul", ["a", "b"], ["y"]),
+    ]
+    inputs = [value(n, TensorProto.INT64, ("t",)) for n in ("input_ids", "position_ids")]
+    source = saved(make(nodes, inputs, [value("y", shape=("t", 32))],
+                        [numpy_helper.from_array(a, n) for n, a in tables.items()]),
+                   tmp_path / "m.onnx")  # fmt: skip
+    convert(source, tmp_path / "out", dtype="float16")
+    kinds = {t.name: t.data_type for t in check(tmp_path / "out").graph.initializer}
+    assert kinds == {"words": TensorProto.FLOAT16, "cosines": TensorProto.FLOAT}
+    feeds = {"input_ids": np.array([5, 9]), "position_ids": np.array([0, 1])}
+    wanted = tables["words"][[5, 9]].astype(np.float16) * tables["cosines"][[0, 1]]
+    same(run(tmp_path / "out" / "model.onnx", feeds)["y"], wanted, 1e-6)
 
 
 def test_convolutions(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def convert(
             note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
+            note = _integers(draft.graph) if dtype else ""
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
@@ -106,6 +107,20 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
 def _stored(graph: Graph) -> int:
     """Bytes of all weights as their files have them; tied ones count once."""
     return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
+
+
+def _integers(graph: Graph) -> str:
+    """A remark on weights that no type of floats is for."""
+    kinds = {
+        graph.initializers[node.inputs[i]].dtype
+        for node in graph.nodes
+        for i in (0, 1)
+        if node.op_type == ("DequantizeLinear", "MatMulNBits")[i]
+        and node.inputs[i] in graph.initializers
+    }
+    if not kinds:
+        return ""
+    return f"weights that the source stores as {', '.join(sorted(kinds))} integers stay so"
 
 
 def _write_onnx(

@@ -89,8 +89,9 @@ def _kinds(graph: Graph, dtype: str | None) -> dict[str, str]:
     weights = {
         node.inputs[i]
         for node in graph.nodes
-        for i in _WEIGHT_INPUTS.get(node.op_type, ()) if not node.domain and i < len(node.inputs)
-    }  # fmt: skip
+        for i in _WEIGHT_INPUTS.get(node.op_type, ())
+        if not node.domain and i < len(node.inputs) and not _by_position(node)
+    }
     found = {}
     for name, ref in graph.initializers.items():
         if ref.dtype != "float32" or name in inside:
@@ -101,6 +102,11 @@ def _kinds(graph: Graph, dtype: str | None) -> dict[str, str]:
         if kind in HALVES:
             found[name] = kind
     return found
+
+
+def _by_position(node: Node) -> bool:
+    """Whether a node looks positions up: cos and sin of angles, which halves are too coarse for."""
+    return node.op_type == "Gather" and node.inputs[1] == "position_ids"
 
 
 def _own(ref: WeightRef) -> str:

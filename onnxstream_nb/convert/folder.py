@@ -160,7 +160,7 @@ def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None
     """
     if source is not None and staging.is_within(source, out):
         raise UsageError(f"-o {out}: the model that is read lies there; name another output")
-    if not out.exists():
+    if not os.path.lexists(out):
         if out.absolute().parent.is_dir():
             return
         raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}; make it first")
@@ -184,7 +184,7 @@ def output_folder(
     OutputError when the disk is full or cannot be written to.
     """
     check_out(out, overwrite=overwrite, source=source)
-    out = out.absolute()
+    out = Path(os.path.abspath(out))
     folder: OutputFolder | None = None
     try:
         with staging.staged(out) as path:

@@ -39,7 +39,7 @@ def publish(staged: Path, out: Path) -> None:
     """Rename what is complete to `out`; what was there is deleted only after that."""
     _sync(staged if staged.is_dir() else staged.parent)
     old = out.with_name(f".{out.name}.{os.getpid()}{REPLACED}")
-    replaced = out.exists()
+    replaced = os.path.lexists(out)
     if replaced:
         out.rename(old)
     try:
@@ -81,7 +81,7 @@ def _clear(left: Path, out: Path) -> None:
     """Remove what another process left, or put back what it was about to replace."""
     if left.suffix == REPLACED:
         if not _runs(_process(left, out)):
-            delete(left) if out.exists() else left.rename(out)
+            delete(left) if os.path.lexists(out) else left.rename(out)
         return
     lock = _lock(left)
     if lock is None and (_can_lock() or _runs(_process(left, out))):

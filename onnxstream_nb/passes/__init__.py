@@ -37,10 +37,11 @@ from onnxstream_nb.passes import (
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
 from onnxstream_nb.passes.logit_rows import LOGIT_ROWS, rewrite_logit_rows
+from onnxstream_nb.passes.windows import rewrite_windows
 
 __all__ = [
     "LOGIT_ROWS", "CachePair", "clean", "find_cache", "optimize", "rewrite_logit_rows",
-    "with_quantised_weights",
+    "rewrite_windows", "with_quantised_weights",
 ]  # fmt: skip
 
 _CLEANING = (constants, identity, common, reshapes, dead)
