@@ -33,6 +33,7 @@ from onnxstream_nb.passes import (
     optimize,
     past,
     rewrite_logit_rows,
+    rewrite_together,
     upgrade,
 )
 from onnxstream_nb.passes.symbols import Poly, divide, is_nonnegative, quotient, symbol
