@@ -142,6 +142,7 @@ def test_masks_of_exports(name: str) -> None:
     """Of PyTorch's both exporters; the numbers are theirs in test_exports.py."""
     after = passes.rewrite_unpadded(fused(MODELS / name / "model.onnx"), decode_constant)
     assert "attention_mask" not in {v.name for v in after.inputs}
+    assert can_share_passes(passes.rewrite_logit_rows(after), passes.find_cache(after))
     for node in attentions(after):
         assert node.attributes["is_causal"] == 1 and not node.inputs[3]
         assert node.attributes.get("left_window_size", -1) == EXPORTS[name] - 1
