@@ -137,8 +137,8 @@ def test_a_graph_that_reads_one_sequence_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n", encoding="utf-8")
-    export = str(FOLDER / "llama_gqa_op14" / "model.onnx")
-    assert batch(tmp_path / "a.txt", "--max-tokens", "2", model=export) == 0
+    masked = str(FOLDER / "onnxstream_llama_small")
+    assert batch(tmp_path / "a.txt", "--max-tokens", "2", model=masked) == 0
     out, err = capsys.readouterr()
     assert out.count("[") == 2
     assert err.count("one sequence at a time: its prompts run one after the other") == 1

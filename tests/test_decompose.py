@@ -474,7 +474,7 @@ def test_exports(name: str) -> None:
     """An export in either form: the names stay OnnxStream's, and the numbers PyTorch's."""
     draft = Draft(load_graph(MODELS / name / "model.onnx"))
     after = streamed(draft)
-    assert set(foreign(after.graph)) <= {"GatherND", "Max"}
+    assert foreign(after.graph) == []
     for path in sorted((MODELS / name).glob("case*.npz")):
         with np.load(path) as data:
             given = {k.removeprefix("in__"): data[k] for k in data if k.startswith("in__")}

@@ -443,6 +443,17 @@ def test_onnxstreams_engine_would_run_it(
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("name", ["llama_gqa_op14", "llama_gqa_dyn23", "mistral_sw8_op14"])
+def test_onnxstreams_engine_would_run_exports(name: str, tmp_path: Path) -> None:
+    model = STREAMED.parent / name
+    folder = written(load_graph(model / "model.onnx"), tmp_path / "out")
+    with np.load(sorted(model.glob("case*.npz"))[2]) as data:  # six ids, nothing before them
+        ids, wanted = data["in__input_ids"][0].tolist(), data["out__logits"][0]
+    for steps in ((len(ids),), (1,) * len(ids), (2, len(ids) - 2)):
+        got = in_onnxstreams_engine(folder, ids, steps)
+        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
 def test_attention_stands_as_onnxstream_fuses_it(tmp_path: Path) -> None:
     """Its chat program refuses a model without this sequence, each value used once."""
     write_gguf(tmp_path / "m.gguf", Tiny(heads=6, kv_heads=2), "F32")

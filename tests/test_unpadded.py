@@ -133,10 +133,23 @@ def test_a_mask_that_only_windows_stays(tmp_path: Path) -> None:
     assert passes.rewrite_unpadded(other, decode_constant) is other
 
 
-def test_sources_and_exports_without_such_masks_are_left(tmp_path: Path) -> None:
+EXPORTS = {"llama_gqa_op14": 0, "llama_gqa_dyn23": 0, "mistral_sw8_op14": 8}
+MODELS = Path(__file__).parent / "fixtures" / "models"
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_masks_of_exports(name: str) -> None:
+    """Of PyTorch's both exporters; the numbers are theirs in test_exports.py."""
+    after = passes.rewrite_unpadded(fused(MODELS / name / "model.onnx"), decode_constant)
+    assert "attention_mask" not in {v.name for v in after.inputs}
+    assert can_share_passes(passes.rewrite_logit_rows(after), passes.find_cache(after))
+    for node in attentions(after):
+        assert node.attributes["is_causal"] == 1 and not node.inputs[3]
+        assert node.attributes.get("left_window_size", -1) == EXPORTS[name] - 1
+
+
+def test_sources_and_other_masks_are_left(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", PLAIN, "F32")
-    models = Path(__file__).parent / "fixtures" / "models"
-    for path in (tmp_path / "m.gguf", models / "onnxstream_llama_small",
-                 models / "mistral_sw8_op14" / "model.onnx"):  # fmt: skip
+    for path in (tmp_path / "m.gguf", MODELS / "onnxstream_llama_small"):
         graph = fused(path)
         assert passes.rewrite_unpadded(graph, decode_constant) is graph

@@ -24,8 +24,8 @@ def attention(e: Emit) -> None:
         raise e.error("its keys are padded by nonpad_kv_seqlen")
     if len(node.outputs) > 3 and node.outputs[3]:
         raise e.error("its scores are used")
-    if any(node.attributes.get(f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
-        raise e.error("its window is an attribute")
+    if node.attributes.get("right_window_size", -1) >= 0:
+        raise e.error("it sees a window of what follows")
     q, k, v, mask, past_key, past_value = (*node.inputs, "", "", "")[:6]
     output, present_key, present_value = (*node.outputs, "", "")[:3]
     query, heads, width = _heads(e, q, "q_num_heads")
@@ -87,6 +87,8 @@ def _bias(e: Emit, mask: str) -> str:
     """
     boolean = bool(mask) and e.rewriter.facts.dtype(mask) == "bool"
     causal = bool(e.node.attributes.get("is_causal", 0))
+    if not causal and e.node.attributes.get("left_window_size", -1) >= 0:
+        raise e.error("it has a window without being causal")
     allowed = _causal(e) if causal else mask
     if causal and boolean:
         allowed = e("And", allowed, mask)
@@ -103,7 +105,8 @@ def _bias(e: Emit, mask: str) -> str:
 
 
 def _causal(e: Emit) -> str:
-    """(T, L): whether a key stands at or before the query, which stands behind the past.
+    """(T, L): whether a key stands at or before the query, which stands behind the past, and not
+    before its window.
 
     Both sides are expanded, since OnnxStream does not broadcast comparisons.
     """
@@ -115,8 +118,13 @@ def _causal(e: Emit) -> str:
     rows = e("Add", e("Range", zero, queries, one), before)
     keys = e("Range", zero, _key_count(e, axis), one)
     full = e.concat(0, e("Shape", rows), e("Shape", keys))
-    column = e("Unsqueeze", rows, e.integers(1))
-    return e("Less", e("Expand", keys, full), e("Expand", column, full))
+    keys = e("Expand", keys, full)
+    causal = e("Less", keys, e("Expand", e("Unsqueeze", rows, e.integers(1)), full))
+    window = e.node.attributes.get("left_window_size", -1)
+    if window < 0:
+        return causal
+    before = e("Unsqueeze", e("Add", rows, e.integer(-window - 2)), e.integers(1))
+    return e("And", causal, e("Greater", keys, e("Expand", before, full)))
 
 
 def _key_count(e: Emit, axis: int) -> str:

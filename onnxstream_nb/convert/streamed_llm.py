@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
+from .. import passes
 from ..graph import Graph, Node, Value, WeightRef
 from ..passes import CachePair, find_cache
 from .decompose import decompose
@@ -33,13 +34,25 @@ def streamed(draft: Draft) -> Draft:
     pairs = find_cache(draft.graph)
     if not pairs:
         return tied_once(decompose(draft))
-    draft = half_split(draft)
+    draft = half_split(_with_plain_masks(draft))
     graph = renamed(draft.graph, _names(pairs))
     padding = _padding(graph)
     graph = graph.with_(inputs=(*graph.inputs, *padding)) if padding else graph
     draft = decompose(draft.with_(graph), PADDING if padding else "")
     draft = draft.with_(_in_order(_float32_angles(draft.graph)))
     return tied_once(draft)
+
+
+def _with_plain_masks(draft: Draft) -> Draft:
+    """An export's masks as what they say, so that they are written as OnnxStream can compute them.
+
+    What attention_mask hid is hidden again where the input is put back, see `decompose`.
+    """
+    fused = passes.optimize(draft.graph, draft.read)
+    plain = passes.rewrite_unpadded(fused, draft.read)
+    if plain is fused or PADDING in {i.name for i in plain.inputs}:
+        return draft
+    return draft.with_(plain)
 
 
 def _names(pairs: Iterable[CachePair]) -> dict[str, str]:
