@@ -24,7 +24,9 @@ def prepared(path: Path) -> Graph:
     graph = passes.optimize(load_graph(path), decode_constant)
     if not passes.find_cache(graph):
         return graph
-    return passes.rewrite_logit_rows(passes.rewrite_windows(graph, decode_constant))
+    for rewrite in (passes.rewrite_unpadded, passes.rewrite_windows):
+        graph = rewrite(graph, decode_constant)
+    return passes.rewrite_logit_rows(graph)
 
 
 def activation_facts(graph: Graph, tokens: int) -> Facts:

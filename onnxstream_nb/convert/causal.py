@@ -98,7 +98,7 @@ def _set_attention(model: Any, attention: str) -> bool:
         model.set_attn_implementation(attention)
     except ValueError:  # transformers' way of saying that the architecture has none
         return False
-    if model._can_set_experts_implementation():
+    if getattr(model, "_can_set_experts_implementation", bool)():
         model.set_experts_implementation("batched_mm")
     return True
 

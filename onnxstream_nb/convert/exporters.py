@@ -264,4 +264,8 @@ def _transposes(node: Node) -> bool:
 
 
 def _turned(make: Make) -> Array:
-    return np.ascontiguousarray(make().T)
+    """The transposition of a matrix, by PyTorch, which copies it in blocks that fit the caches."""
+    import torch
+
+    array: Array = torch.from_numpy(make()).t().contiguous().numpy()
+    return array
