@@ -152,3 +152,21 @@ def feed(name: str, shape: Any, ids: Array) -> Array:
     if name == "attention_mask":
         return np.ones(ids.shape, np.int64)
     return np.zeros([size if isinstance(size, int) else 0 for size in shape[1:]], "f4")[None]
+
+
+def test_a_tied_table_is_looked_up_and_multiplied(tmp_path: Path) -> None:
+    tiny = Tiny(hidden=64, intermediate=96, vocab=320, layers=1, tied=True)
+    write_gguf(tmp_path / "tiny.gguf", tiny)
+    draft = Draft(formats.load(tmp_path / "tiny.gguf"))
+    path = folder_of(draft, tmp_path / "folder")
+    tables = [f for f in path.glob("*.bin") if f.stat().st_size == 320 * 64]
+    assert len(tables) == 1
+    ids, rounded = np.array([[5, 17, 99, 250, 3, 42]]), uint8_weights(draft, silent)
+    logits = []
+    for graph in (rebuilt(draft.with_(draft.graph, rounded.made)), formats.load(path)):
+        with Session(graph, threads=1) as session:
+            given = {v.name: feed(v.name, v.shape, ids) for v in session.inputs}
+            logits.append(session.run(given, ["logits"])["logits"])
+            kinds = {r.encoding for r in session.graph.initializers.values()}
+    assert {"uint8", "affine8"} <= kinds  # the rows that are looked up, and the matrices
+    assert snr(logits[0], logits[1]) > 12
