@@ -1,7 +1,8 @@
 """The models that benchmarks run: files there are, and geometries filled with random weights.
 
 `NAME:DTYPE` is a catalogue model's geometry as a GGUF with random weights, written once and kept in
-the cache folder, under bench/. Its tokenizer is the default model's, cut to the vocabulary.
+the cache folder, under bench/; `NAME@N:DTYPE` has N of its layers. Its tokenizer is the
+default model's, cut to the vocabulary.
 """
 
 from __future__ import annotations
@@ -43,18 +44,27 @@ def locate(name: str) -> Path:
 
 def random_gguf(name: str, dtype: str) -> Path:
     """A GGUF of a catalogue model's geometry with random weights of storage `dtype`."""
-    from onnxstream_nb.hub import CATALOGUE, cache_dir
+    from onnxstream_nb.hub import cache_dir
 
-    entry = CATALOGUE.get(name)
-    if entry is None or entry.geometry is None:
-        raise SystemExit(f"{name}: no catalogue model whose geometry is known")
+    geometry = geometry_of(name)
     path = cache_dir() / "bench" / f"{name}-{dtype}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
-        write(unfinished, name, entry.geometry, dtype)
+        write(unfinished, name, geometry, dtype)
         unfinished.replace(path)
     return path
+
+
+def geometry_of(name: str) -> Mapping[str, Any]:
+    """A catalogue model's geometry, from NAME or NAME@LAYERS."""
+    from onnxstream_nb.hub import CATALOGUE
+
+    base, _, layers = name.partition("@")
+    entry = CATALOGUE.get(base)
+    if entry is None or entry.geometry is None or (layers and not layers.isdigit()):
+        raise SystemExit(f"{name}: no catalogue model whose geometry is known")
+    return {**entry.geometry, **({"layers": int(layers)} if layers else {})}
 
 
 def write(path: Path, name: str, geometry: Mapping[str, Any], dtype: str) -> None:

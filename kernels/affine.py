@@ -2,11 +2,13 @@
 
 Dims: a panel holds 16 rows of K elements in groups of 32; `block` elements share a scale, the
 groups of a block are a unit. The panel begins with its head of 64 bytes: its geometry (int32 each:
-the shift from a group to its unit, bytes a unit, where a unit's quads begin, whether its scales are
-float16, whether it has zero points), and from byte 32 on zero points that are the same in all
-units, (16,) uint8. A unit is the rows' scales, (16,) float16 or float32 as they are stored, their
-zero points, (16,) uint8, where units have their own, and the quads of its groups (quads.py), of 4
-or 8 bits an element. A row's own element is scale (q - zero point), q unsigned.
+2 ** 30 / groups a unit, rounded up, or 0 for one unit; groups a unit; bytes a unit; where a unit's
+quads begin; 1 when its scales are float16, plus 2 when it has zero points, plus 4 when it has two
+of each), and from byte 32 on zero points that are the same in all units, (16,) uint8. A unit is the
+rows' scales, (16,) float16 or float32 as they are stored, their zero points, (16,) uint8, where
+units have their own, and the quads of its groups (quads.py), of 4 or 8 bits an element. With blocks
+of 16 a unit is a group, and has scales (2, 16) and zero points (2, 16) of its halves. A row's own
+element is scale (q - zero point), q unsigned.
 
 So 4 bits with a float16 scale for 32 of them take 4.5 bits, as in GGUF's q4_0, and with a zero
 point 4.75. A matrix with one scale a row has one unit, so that 8 bits take 8 bits.
@@ -16,37 +18,52 @@ from dataclasses import dataclass
 
 from .jit import inline, jit
 from .panels import PanelEncoding
-from .quads import RECORD, SCALE, dot_above, load_quads, load_split_quads, peek_i32
+from .quads import (
+    RECORD, SCALE, dot_above, dot_above_first, dot_above_last, load_quads, load_split_quads,
+    peek_i32,
+)  # fmt: skip
 from .vector import fma, load_f16, load_f32, mul, peek_f32, splat, store_f32
 
 HEAD = 64
 SHARED = 32  # where the head has the zero points of all units
-ONE_UNIT = 31  # the shift that takes every group to unit 0
-INTEGERS = ("int4", "uint4", "int8", "uint8")
+ONE = 30  # bits of a fraction: what units have of a group
+HALF, ZEROS, HALVES = 1, 2, 4  # what a head says of units
 BITS = {"affine4": 4, "affine8": 8}
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """How panels of one weight are cut: units, groups in each, bits an element, whether scales
-    are float16, whether units have zero points of their own; and what their heads say."""
+    are float16, whether units have zero points of their own, whether their halves have."""
 
     units: int
-    shift: int
     groups: int
     bits: int
     half: bool
     zeros: bool
+    halves: bool
+
+    @property
+    def head(self):
+        """What a panel's head says, integers."""
+        part = 0 if self.units == 1 else -(-(1 << ONE) // self.groups)
+        flags = HALF * self.half + ZEROS * self.zeros + HALVES * self.halves
+        return part, self.groups, self.unit_bytes, self.quads, flags
 
     @property
     def scale_bytes(self):
-        """Bytes of a unit's scales, behind which its zero points begin."""
+        """Bytes of 16 scales."""
         return 32 if self.half else 64
+
+    @property
+    def before_zeros(self):
+        """Where a unit's zero points begin, behind its scales."""
+        return self.scale_bytes << self.halves
 
     @property
     def quads(self):
         """Where a unit's quads begin."""
-        return self.scale_bytes + 16 * self.zeros
+        return self.before_zeros + (16 * self.zeros << self.halves)
 
     @property
     def unit_bytes(self):
@@ -60,22 +77,15 @@ class Geometry:
 
 
 def geometry(ref):
-    """The panels of a weight in parts, or None when it has none: blocks that no group fills or that
-    are no power of two, an end that is no group, zero points that are no integers."""
+    """The panels of a weight in parts, or None when it has none (`WeightRef.in_groups`)."""
     k, n = ref.shape
+    if not n or not ref.in_groups:
+        return None
     _, scales, *zeros = ref.parts
-    groups, each = k // 32, ref.block // 32
-    if ref.block_axis or not n or not k or k % 32:
-        return None
-    if any(part.dtype not in INTEGERS for part in zeros):
-        return None
     own = any(part.shape != (1, 1) for part in zeros)
     kind = BITS[ref.encoding], scales.dtype == "float16", own
-    if ref.block >= k:
-        return Geometry(1, ONE_UNIT, groups, *kind)
-    if ref.block % 32 or each & (each - 1):
-        return None
-    return Geometry(-(-groups // each), each.bit_length() - 1, each, *kind)
+    each = k // 32 if ref.block >= k else max(1, ref.block // 32)
+    return Geometry(-(-k // (32 * each)), each, *kind, ref.block == 16 and k > 16)
 
 
 @jit
@@ -88,31 +98,55 @@ def add_above(q, scale, zeros, x, rows, out):
 
 
 @inline
-def unit_of(panel, g):
-    """Group g: addresses of its unit, its zero points and the unit's quads, its number there."""
-    shift, quads = peek_i32(panel), peek_i32(panel + 8)
-    number = g >> shift
-    unit = panel + HEAD + peek_i32(panel + 4) * number
-    zeros = unit + quads - 16 if peek_i32(panel + 16) else panel + SHARED
-    return unit, zeros, unit + quads, g - (number << shift)
+def scales_of(unit, flags):
+    """The scales (16,) of a unit."""
+    return load_f16(unit) if flags & HALF else load_f32(unit)
+
+
+@jit
+def add_halves(q, unit, zeros, flags, x, rows, out):
+    """The same with two scales and zero points: of the first 16 elements, and of the last."""
+    first = scales_of(unit, flags)
+    last = scales_of(unit + (32 if flags & HALF else 64), flags)
+    more = zeros + 8 * (flags & ZEROS)
+    for r in range(rows):
+        record, total = x + RECORD * r, out + 64 * r
+        terms = mul(first, dot_above_first(q, record, zeros))
+        terms = fma(last, dot_above_last(q, record, more), terms)
+        store_f32(total, fma(terms, splat(peek_f32(record + SCALE)), load_f32(total)))
 
 
 @inline
-def scales_of(panel, unit):
-    """The scales (16,) of a unit."""
-    return load_f16(unit) if peek_i32(panel + 12) else load_f32(unit)
+def unit_of(panel, g):
+    """Group g: the addresses of its unit, its zero points and the unit's quads, its number among
+    the unit's groups, what the head says of units."""
+    quads, flags = peek_i32(panel + 12), peek_i32(panel + 16)
+    number = (g * peek_i32(panel)) >> ONE
+    unit = panel + HEAD + peek_i32(panel + 8) * number
+    zeros = panel + SHARED
+    if flags & ZEROS:
+        zeros = unit + quads - (32 if flags & HALVES else 16)
+    return unit, zeros, unit + quads, g - peek_i32(panel + 4) * number, flags
+
+
+@inline
+def add_group(q, unit, zeros, flags, x, rows, out):
+    if flags & HALVES:
+        add_halves(q, unit, zeros, flags, x, rows, out)
+    else:
+        add_above(q, scales_of(unit, flags), zeros, x, rows, out)
 
 
 @inline
 def add_affine4(panel, g, x, rows, out):
-    unit, zeros, quads, i = unit_of(panel, g)
-    add_above(load_split_quads(quads + 256 * i), scales_of(panel, unit), zeros, x, rows, out)
+    unit, zeros, quads, i, flags = unit_of(panel, g)
+    add_group(load_split_quads(quads + 256 * i), unit, zeros, flags, x, rows, out)
 
 
 @inline
 def add_affine8(panel, g, x, rows, out):
-    unit, zeros, quads, i = unit_of(panel, g)
-    add_above(load_quads(quads + 512 * i), scales_of(panel, unit), zeros, x, rows, out)
+    unit, zeros, quads, i, flags = unit_of(panel, g)
+    add_group(load_quads(quads + 512 * i), unit, zeros, flags, x, rows, out)
 
 
 AFFINE4 = PanelEncoding("affine4_panels", 1, 1, 0, add_affine4, None)

@@ -5,18 +5,19 @@ queries and keys, E size of values. Results are float32 inside, of Q's type outs
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
 from ..errors import ShapeError
 from ..registry import op
-from .attention_calls import cached_rows, prompt_rows
+from .attention_calls import cached_rows, prompt_rows, window_mask
+from .attention_softmax import NONE
 from .buffers import contiguous, empty
 from .flash import BEFORE, CAUSAL
 from .lowered import plain
 from .spilled_attention import spilled_rows
 
-NONE = np.float32(-np.inf)
 USES = ("attention_{precision}", "attention_decode", "cache_append")
 
 
@@ -86,7 +87,7 @@ def _plain(q, k, v, mask, scale, softcap, options):
 def lower_attention(
     q, k, v, attn_mask=None, past_key=None, past_value=None, *, is_causal=0, kv_num_heads=0,
     q_num_heads=0, qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
-    n_outputs=1,
+    left_window_size=-1, n_outputs=1,
 ):  # fmt: skip
     """The next token of each sequence, 3-D inputs, and a cache that has slots in memory."""
     tokens = getattr(past_key, "tokens", 0)
@@ -96,7 +97,8 @@ def lower_attention(
         return None
     heads = _heads(q, q_num_heads), _heads(k, kv_num_heads), _heads(v, kv_num_heads)
     scale = scale or 1 / math.sqrt(heads[0].shape[3])
-    rows = cached_rows(*heads, past_key, past_value, None, scale, softcap, is_causal)
+    options = scale, softcap, is_causal, left_window_size
+    rows = cached_rows(*heads, past_key, past_value, None, *options)
     y = rows.outputs[0].reshape(1, tokens, -1)
     presents = [slot.advanced(slot.shape[2] + tokens) for slot in (past_key, past_value)]
     rows.outputs = (y, *presents)[:n_outputs]
@@ -118,10 +120,9 @@ def _scores(q, k, mask, scale, softcap, mode):
 
 
 def lower_attention_24(q, k, v, attn_mask=None, past_key=None, past_value=None,
-                       nonpad_kv_seqlen=None, *, left_window_size=-1, right_window_size=-1,
-                       **attributes):  # fmt: skip
-    """As version 23's."""
-    if nonpad_kv_seqlen is not None or left_window_size >= 0 or right_window_size >= 0:
+                       nonpad_kv_seqlen=None, *, right_window_size=-1, **attributes):  # fmt: skip
+    """As version 23's, and with a window."""
+    if nonpad_kv_seqlen is not None or right_window_size >= 0:
         return None
     return lower_attention(q, k, v, attn_mask, past_key, past_value, **attributes)
 
@@ -165,12 +166,19 @@ def _attention(q, k, v, mask, past_key, past_value, lengths, is_causal, kv_heads
     before = 0 if past_key is None else past_key.shape[2]
     count = before + k.shape[2]
     mask = None if mask is None else _additive(mask, count)
-    if lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
+    is_slot, behind = hasattr(past_key, "reserve"), -1
+    if left >= 0 and is_causal and lengths is None and right < 0 and n_outputs <= 3:
+        if mask is None and is_slot and not past_key.on_disk:
+            behind = left
+        else:
+            limits = window_mask(before, q.shape[2], count, left)
+            mask, is_causal = limits if mask is None else mask + limits, 0
+    elif lengths is not None or left >= 0 or right >= 0 or n_outputs > 3:
         first = before if lengths is None else np.asarray(lengths) - q.shape[2]
         limits = _limits(len(q), q.shape[2], count, first, is_causal, lengths, left, right)
         mask, is_causal = limits if mask is None else mask + limits, 0
-    if past_key is not None and not isinstance(past_key, np.ndarray):
-        rows = spilled_rows if past_key.on_disk else cached_rows
+    if is_slot:
+        rows = spilled_rows if past_key.on_disk else partial(cached_rows, left=behind)
         y = rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal).run()
         present_key, present_value = past_key.advanced(count), past_value.advanced(count)
     else:

@@ -4,12 +4,16 @@ Dims: B batch, H query heads, KV key/value heads, G = H / KV, T queries, S keys 
 size of queries and keys, E size of values.
 """
 
+from functools import lru_cache
+
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from ..errors import UnsupportedError
+from .attention_softmax import NONE
 from .buffers import contiguous, empty
 from .cache import AT, NEW_K, NEW_K_TOKEN, NEW_V, NEW_V_TOKEN, cache_append
-from .decode_attention import attention_decode, partial_bytes
+from .decode_attention import MASK, attention_decode, partial_bytes
 from .decode_attention import scratch_bytes as decode_scratch_bytes
 from .flash import BEFORE, BYTE, CAUSAL, HALF
 from .flash_bf16 import BY_PRECISION
@@ -17,6 +21,15 @@ from .lowered import FEW_ROWS, Rows
 from .threads import precision, team
 
 HIDDEN = np.float32(-6e4)  # of a mask, as minus infinity: exports write float16's least number
+
+
+def window_mask(before, queries, keys, left):
+    """The additive mask (1, 1, T, S) of queries that `before` keys come before, and which see
+    themselves and `left` keys before them: rows of one band, each a place further back."""
+    band = np.full(keys + queries - 1, NONE)
+    last = before + queries
+    band[max(0, last - 1 - left) : last] = 0
+    return as_strided(band[queries - 1 :], (1, 1, queries, keys), (0, 0, -4, 4), writeable=False)
 
 
 def _mask_view(mask, shape):
@@ -78,10 +91,11 @@ def append_arguments(k, v, past_key, past_value):
     )  # fmt: skip
 
 
-def cached_rows(q, k, v, past_key, past_value, mask, *options):
+def cached_rows(q, k, v, past_key, past_value, mask, scale, softcap, is_causal, left=-1):
     """The calls for attention over a cache in memory, which k and v are appended to; or over those
     of several sequences, whose tokens lie side by side."""
     out = empty((1, q.shape[2], q.shape[1], v.shape[3]))
+    options = scale, softcap, is_causal, left
     if not hasattr(past_key, "parts"):
         return _sequence_rows(q, k, v, past_key, past_value, out, mask, *options)
     if mask is not None:
@@ -97,12 +111,16 @@ def cached_rows(q, k, v, past_key, past_value, mask, *options):
     return todo
 
 
-def _sequence_rows(q, k, v, past_key, past_value, out, mask, scale, softcap, is_causal):
-    """The calls for the tokens of one sequence -> out (1, T, H, E)."""
+def _sequence_rows(q, k, v, past_key, past_value, out, mask, scale, softcap, is_causal, left=-1):
+    """The calls for the tokens of one sequence -> out (1, T, H, E). `left` is given without a mask:
+    how many keys before them they see at the most."""
     before, (_, heads, tokens, _) = past_key.length, k.shape
     append = append_arguments(k, v, past_key, past_value)
     if q.shape[2] == tokens and are_tokens(q, before, mask, is_causal):
-        return _token_rows(q, append, (k, v), out, mask, scale, softcap)
+        rows = _token_rows(q, append, (k, v), out, mask, scale, softcap)
+        return _with_window(rows, past_key.capacity, left) if left >= 0 else rows
+    if left >= 0:
+        mask, is_causal = window_mask(before, q.shape[2], before + tokens, left), 0
     options, stored = options_of(past_key, is_causal, before), stored_in(past_key, past_value)
     rows = prompt_rows(q, heads, stored, before + tokens, out, mask, scale, softcap, options)
     return Rows(rows.outputs, [(cache_append, *append), *rows.calls], keep=(k, v, *rows.keep))
@@ -132,6 +150,23 @@ def _token_rows(q, append, new, out, mask, scale, softcap):
         keep.append(kept)
     growth = tuple((i, AT, 1) for i in range(len(calls)))
     return Rows((out,), calls, growth, keep=(q, *new, keep, held))
+
+
+@lru_cache(maxsize=4)
+def _band(capacity, window):
+    """Nothing for as many keys as there may be, then 0 for a window: it moves over the keys."""
+    return np.concatenate([np.full(capacity, NONE), np.zeros(window, np.float32)])
+
+
+def _with_window(rows, capacity, left):
+    """Rows of single tokens over a cache of so much `capacity`, each of which sees itself and
+    `left` keys before it, at these positions and at those after them."""
+    band, calls = _band(capacity, left + 1), []
+    for function, *arguments in rows.calls:
+        arguments[MASK] = band.ctypes.data + 4 * (capacity + left - arguments[AT])
+        calls.append((function, *arguments))
+    growth = (*rows.growth, *((i, MASK, -4) for i in range(len(calls))))
+    return Rows(rows.outputs, calls, growth, keep=(*rows.keep, band))
 
 
 def _token_of(append, i):

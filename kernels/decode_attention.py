@@ -17,7 +17,7 @@ Source: Dao et al., "Flash-Decoding" (2023), for cutting along the keys.
 
 import numpy as np
 
-from .attention_softmax import add_mask, begin, combine, finish, hide, soften, weigh
+from .attention_softmax import NONE, add_mask, begin, combine, finish, hide, soften, weigh
 from .attention_tile import (
     FEW_ROWS, KEYS, few_rows, score_byte, score_half, sum_byte, sum_half,
 )  # fmt: skip
@@ -112,6 +112,20 @@ def block(args, head, first, rows, start, count, queries, scores, partial):
 
 
 @jit
+def is_hidden(args, head, start, count):
+    """Whether a mask hides the keys start .. start + count from all queries (G, D) of a head."""
+    if not arg(args, MASK):
+        return False
+    rows = arg(args, GROUP) if arg(args, MASK_HEAD) else 1
+    for i in range(rows):
+        mask = arg(args, MASK) + arg(args, MASK_HEAD) * (head * arg(args, GROUP) + i) + 4 * start
+        for j in range(count):
+            if peek_f32(mask + 4 * j) != NONE:
+                return False
+    return True
+
+
+@jit
 def segment(args, head, start, stop, scratch, partial, fresh):
     """Keys start .. stop of one key/value head -> its partial result, which may be there for the
     keys before unless `fresh`."""
@@ -124,6 +138,8 @@ def segment(args, head, start, stop, scratch, partial, fresh):
     scores = scratch + 4 * group * size
     for at in range(start, stop, KEYS):
         count, first = min(KEYS, stop - at), 0
+        if is_hidden(args, head, at, count):
+            continue
         while first < group:
             rows = few_rows(group - first)
             block(args, head, first, rows, at, count, scratch, scores, partial)

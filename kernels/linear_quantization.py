@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from ..registry import op
+from .bytes_of_floats import dequantized, evaluate, quantized, quantized_by_range
 from .cast import convert
 from .dtypes import numpy_dtype
 from .matmul import matmul
@@ -31,41 +32,65 @@ def _bounds(dtype):
     return ml_dtypes.iinfo(dtype)
 
 
-@op("DequantizeLinear", since=10)
+def lower_dequantize(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, output_dtype=0):
+    """Bytes with one scale and zero point."""
+    return dequantized(x, x_scale, x_zero_point) if output_dtype in (0, 1) else None
+
+
+@op("DequantizeLinear", since=10, uses=("dequantize_u8",), lower=lower_dequantize)
 def dequantize_linear(x, x_scale, x_zero_point=None, *, axis=1, block_size=0, output_dtype=0):
     """x (...), scale, zero point -> (...): (x - zero point) scale, in the scale's type."""
+    rows = lower_dequantize(x, x_scale, x_zero_point, output_dtype=output_dtype)
+    if rows is not None:
+        return evaluate(rows)
     y = x.astype(np.float32)
     if x_zero_point is not None:
-        y = y - spread(x_zero_point, x, axis, block_size).astype(np.float32)
-    y = y * spread(x_scale, x, axis, block_size).astype(np.float32)
-    return np.asarray(y).astype(numpy_dtype(output_dtype) if output_dtype else x_scale.dtype)
+        y -= spread(x_zero_point, x, axis, block_size).astype(np.float32)
+    y *= spread(x_scale, x, axis, block_size).astype(np.float32)
+    return y.astype(numpy_dtype(output_dtype) if output_dtype else x_scale.dtype, copy=False)
 
 
-@op("QuantizeLinear", since=10)
+def lower_quantize(
+    x, y_scale, y_zero_point=None, *, axis=1, block_size=0, output_dtype=0, precision=0, saturate=1
+):
+    """Floats to bytes with one scale and zero point."""
+    return quantized(x, y_scale, y_zero_point) if precision in (0, 1) else None
+
+
+@op("QuantizeLinear", since=10, uses=("quantize_u8",), lower=lower_quantize)
 def quantize_linear(
     x, y_scale, y_zero_point=None, *, axis=1, block_size=0, output_dtype=0, precision=0, saturate=1
 ):
     """x (...), scale, zero point -> (...): x / scale, rounded to even, + zero point, in range."""
+    rows = lower_quantize(x, y_scale, y_zero_point, precision=precision)
+    if rows is not None:
+        return evaluate(rows)
     dtype = numpy_dtype(output_dtype) if output_dtype else np.dtype(np.uint8)
     dtype = dtype if y_zero_point is None else y_zero_point.dtype
     wide = numpy_dtype(precision) if precision else np.dtype(np.float32)
-    y = x.astype(wide) / spread(y_scale, x, axis, block_size).astype(wide)
-    zero = 0 if y_zero_point is None else spread(y_zero_point, x, axis, block_size)
+    y = np.divide(x.astype(wide, copy=False), spread(y_scale, x, axis, block_size).astype(wide))
     if dtype.name.startswith("float"):
         return convert(np.asarray(y), dtype, saturate)
-    y = np.rint(y.astype(np.float64)) + np.asarray(zero, np.float64)
+    y = np.asarray(y if y.dtype.itemsize >= 4 else y.astype(np.float32))
+    np.rint(y, out=y)
+    if y_zero_point is not None:  # sums that float32 does not hold are out of range
+        y += spread(y_zero_point, x, axis, block_size).astype(y.dtype)
     bounds = _bounds(dtype)
-    return np.asarray(np.clip(y, int(bounds.min), int(bounds.max))).astype(np.int64).astype(dtype)
+    return np.clip(y, int(bounds.min), int(bounds.max), out=y).astype(_whole(dtype)).astype(dtype)
 
 
-@op("DynamicQuantizeLinear", since=11)
+def _whole(dtype):
+    """A type of NumPy's own that is converted to from floats: ml_dtypes' integers are not."""
+    return dtype if dtype.kind in "iu" else np.int8
+
+
+@op("DynamicQuantizeLinear", since=11, uses=("range_u8", "quantize_u8"), lower=quantized_by_range)
 def dynamic_quantize_linear(x):
-    """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0."""
-    least, most = min(np.float32(0), x.min()), max(np.float32(0), x.max())
-    scale = np.asarray((most - least) / np.float32(255), np.float32)
-    zero = np.float32(0) if scale == 0 else np.clip(np.rint(-least / scale), 0, 255)
-    zero = np.asarray(zero).astype(np.uint8)
-    return quantize_linear(x, scale, zero), scale, zero
+    """x (...) float32 -> uint8 (...), its scale () and its zero point () by its range with 0.
+
+    Where there is no range the scale is 1, as onnxruntime's.
+    """
+    return evaluate(quantized_by_range(np.ascontiguousarray(x, np.float32).reshape(x.shape)))
 
 
 def _nibbles(packed):

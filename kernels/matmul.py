@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from ..errors import ShapeError, UnsupportedError
 from ..registry import kernels, op
 from . import gemm_bf16, gemv
 from .buffers import contiguous, empty
@@ -163,6 +163,8 @@ def _layout(kernel, weight, m, k):
 
 def product(x, weight):
     """x (M, K) float32 contiguous, weight logically (K, N) -> (M, N) float32."""
+    if x.shape[1] != weight.shape[0]:  # kernels would read behind the shorter one
+        raise ShapeError(f"a product of {x.shape[1]} columns and {weight.shape[0]} rows")
     out = empty((len(x), weight.shape[1]))
     if 0 in (*x.shape, *out.shape):
         out[:] = 0
@@ -186,7 +188,7 @@ def lower_matmul(a, b):
     if len(b.shape) != 2 or not is_ready(b):
         return None
     out = empty((*a.shape[:-1], b.shape[1]))
-    if not out.size or not a.size:
+    if not out.size or not a.size or a.shape[-1] != b.shape[0]:
         return None
     todo, held = calls(_rows(a), b, _rows(out))
     return Rows((out,), todo, keep=(a, b, held))

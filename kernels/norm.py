@@ -11,7 +11,6 @@ from ..registry import op
 from .buffers import contiguous, empty
 from .jit import arg, arg_float, float_bits, jit, kernel, share
 from .lowered import Rows, plain
-from .threads import team
 from .vector import (
     add, fma, load_f32, load_f32_n, mul, peek_f32, splat, store_f32_n, sub, sum_lanes, zero,
 )  # fmt: skip
@@ -108,15 +107,25 @@ def rms_normalization(x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     return out.reshape(x.shape).astype(scale.dtype, copy=False)
 
 
-@op("LayerNormalization", since=17, uses=("layer_norm",))
+def lower_layer(x, scale, b=None, *, axis=-1, epsilon=1e-5, stash_type=1, n_outputs=1):
+    """x (M, N) or (..., N), scale (N,), b (N,) or None, contiguous float32."""
+    if n_outputs > 1 or not plain(x, scale) or axis not in (-1, x.ndim - 1):
+        return None
+    n = x.shape[-1]
+    if scale.shape != (n,) or (b is not None and not (plain(b) and b.shape == (n,))):
+        return None
+    out = empty(x.shape)
+    m, bias = x.size // n if n else 0, 0 if b is None else b.ctypes.data
+    call = (layer_norm, x.ctypes.data, scale.ctypes.data, bias, out.ctypes.data, m, n,
+            float_bits(epsilon))  # fmt: skip
+    return Rows((out,), [call], serial=m == 1, keep=(x, scale, b))
+
+
+@op("LayerNormalization", since=17, uses=("layer_norm",), lower=lower_layer)
 def layer_normalization(x, scale, b=None, *, axis=-1, epsilon=1e-5, stash_type=1, n_outputs=1):
     """x (..., N), scale (N,), b (N,) -> same shape; Mean and InvStdDev (..., 1) when asked for."""
     rows, weight, bias = _rows(x, axis, scale, b)
-    out = empty(rows.shape)
-    m, n = rows.shape
-    team().run([(layer_norm, rows.ctypes.data, weight.ctypes.data,
-                 0 if bias is None else bias.ctypes.data, out.ctypes.data, m, n,
-                 float_bits(epsilon))])  # fmt: skip
+    out = lower_layer(rows, weight, bias, epsilon=epsilon).run()
     y = out.reshape(x.shape).astype(x.dtype, copy=False)
     if n_outputs == 1:
         return y

@@ -68,7 +68,7 @@ class Packer:
         if index == 0:
             pack_integers(ref, piece.buffer, out, first, count, start, stop)
         else:
-            pack_values(ref, index, piece.stored(), out, first, start, stop)
+            pack_values(ref, index, piece, out, first, start, stop)
 
 
 class Panels:

@@ -146,18 +146,29 @@ dot_first, dot_last = _dot(0, 4, "dot_first"), _dot(4, 8, "dot_last")
 """The same for the first 16 elements, and for the last."""
 
 
-def _twin_dot_above(q, record, zeros):
-    above = q.reshape(8, 16, 4).astype(np.int32) - read_memory(zeros, np.uint8, 16)[:, None]
-    return (above * _integers(record).reshape(8, 1, 4)).sum(axis=(0, 2)).astype(np.float32)
+def _dot_above(first, last, field, bits, name):
+    """The same less a row's own zero point; `field` of a record is minus 2 ** bits their sum."""
+
+    def twin(q, record, zeros):
+        above = q.reshape(8, 16, 4).astype(np.int32) - read_memory(zeros, np.uint8, 16)[:, None]
+        x = _integers(record).reshape(8, 1, 4)
+        return (above * x)[first:last].sum(axis=(0, 2)).astype(np.float32)
+
+    def generate(b, q, record, zeros):
+        scaled = load(b, b.add(record, ir.Constant(I64, field)), I32)
+        minus = broadcast(b, b.ashr(scaled, ir.Constant(I32, bits)), VI32)
+        start = b.mul(b.zext(load(b, zeros, VI8), VI32), minus)
+        return _sum_of_products(b, q, record, first, last, start)
+
+    generate.__name__ = name
+    return primitive(f32x16, u8x512, address, address, twin=twin)(generate)
 
 
-@primitive(f32x16, u8x512, address, address, twin=_twin_dot_above)
-def dot_above(b, q, record, zeros):
-    """q minus the (16,) bytes at `zeros`, one a row, times 128 high + low of a record -> (16,)."""
-    minus_8 = load(b, b.add(record, ir.Constant(I64, MINUS_8)), I32)
-    minus = broadcast(b, b.ashr(minus_8, ir.Constant(I32, 3)), VI32)
-    start = b.mul(b.zext(load(b, zeros, VI8), VI32), minus)
-    return _sum_of_products(b, q, record, 0, 8, start)
+dot_above = _dot_above(0, 8, MINUS_8, 3, "dot_above")
+"""q minus the (16,) bytes at `zeros`, one a row, times 128 high + low of a record -> (16,)."""
+dot_above_first = _dot_above(0, 4, MINUS_32_FIRST, 5, "dot_above_first")
+dot_above_last = _dot_above(4, 8, MINUS_32_LAST, 5, "dot_above_last")
+"""The same for the first 16 elements, and for the last."""
 
 
 ROUND = 1.5 * 2.0**23

@@ -105,7 +105,7 @@ class WeightRef:
         """Stored rows of a matrix in parts that its panels keep together: 16 of N, blocks of K."""
         if self.transposed:
             return 16
-        return 32 if self.block >= self.shape[0] else self.block
+        return 32 if self.block >= self.shape[0] else max(32, self.block)
 
     def rows(self, start: int, stop: int) -> WeightRef:
         """Stored rows `start` to `stop` of a matrix; see `cut_by_rows`. In panels, `start` is the
@@ -129,16 +129,17 @@ class WeightRef:
         if len(shape) != 2 or shape[0] == 0 or self.block_axis:
             return False
         if self.parts:
-            return self._has_groups and all(_is_cut(part, self) for part in self.parts)
+            return self.in_groups and all(_is_cut(part, self) for part in self.parts)
         return self.panel > 0 or self.nbytes % shape[0] == 0
 
     @property
-    def _has_groups(self) -> bool:
-        """Whether K is of whole groups of 32, and its blocks of a power of two of them, or all:
-        so, with zero points that are integers, has a matrix in parts panels."""
-        each, integers = self.block // 32, all("int" in part.dtype for part in self.parts[2:])
-        blocks = self.block % 32 == 0 and not each & (each - 1)
-        return self.shape[0] % 32 == 0 and integers and (blocks or self.block >= self.shape[0])
+    def in_groups(self) -> bool:
+        """Whether a matrix in parts is what panels hold: K of whole groups of 32, blocks of whole
+        groups, of 16 or of all of K, zero points that are integers."""
+        if self.block_axis or not self.shape[0] or self.shape[0] % 32:
+            return False
+        blocks = self.block % 32 == 0 or self.block == 16 or self.block >= self.shape[0]
+        return blocks and all("int" in part.dtype for part in self.parts[2:])
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -61,6 +61,8 @@ class LanguageModel:
         if progress is not None:
             progress("reading the model", None)
         graph = passes.optimize(load_graph(model), decode_constant)
+        graph = passes.rewrite_unpadded(graph, decode_constant)
+        graph = passes.rewrite_windows(graph, decode_constant)
         self.graph = passes.rewrite_logit_rows(graph)
         self.context, self._encoding = _context(graph, context), kv_cache
         self._find_values(f"{graph.name or model}")

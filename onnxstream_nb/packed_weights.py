@@ -17,7 +17,7 @@ from .files import Bytes, aligned
 from .graph import Graph, WeightRef
 from .packed_file import VERSION, Header, PackedFile, remove, verify
 from .packing import Packer, as_panels, fill_panels
-from .plan import pack_kernel, packable
+from .plan import pack_kernels, packable
 from .weights import DiskProvider
 
 STRIPE = 8 << 20  # bytes of panels that are packed before they are written
@@ -47,7 +47,7 @@ def with_packed_file(
     folder = folder.expanduser().absolute()
     file = PackedFile(folder, list(found.values()), packer.panel_bytes, packer.stamp)
     if not file.is_whole():
-        prepare([pack_kernel(ref) for ref in found.values()])
+        prepare([name for ref in found.values() for name in pack_kernels(ref)])
         try:
             write(file, packer, progress)
         except OSError as error:

@@ -221,7 +221,8 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
                 encoding, order = "float32", "columns"  # decoded
             names.append(template.format(encoding=encoding, order=order))
         if panels:
-            names += [pack_kernel(ref) for ref in step.weights if ref.key in to_pack]
+            for ref in step.weights:
+                names += pack_kernels(ref) if ref.key in to_pack else ()
             names.append("quantize_rows")
         if not step.weights:  # arrays are float32 in the order they come in
             names.append(template.format(encoding="float32", order="columns"))
@@ -231,11 +232,12 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
     return names
 
 
-def pack_kernel(ref: WeightRef) -> str:
-    """The kernel that packs a weight: one in parts has its integers in either order."""
+def pack_kernels(ref: WeightRef) -> tuple[str, ...]:
+    """What packs a weight: one in parts has its integers in either order, and other parts."""
     if not ref.parts:
-        return f"pack_{ref.encoding}"
-    return f"pack_{ref.encoding}_{'rows' if ref.transposed else 'columns'}"
+        return (f"pack_{ref.encoding}",)
+    order = "rows" if ref.transposed else "columns"
+    return f"pack_{ref.encoding}_{order}", "pack_affine_heads", "pack_affine_values"
 
 
 def describe(plan: Plan) -> str:

@@ -41,13 +41,13 @@ def can_share_passes(graph: Graph, pairs: Sequence[CachePair]) -> bool:
 
 
 def _is_causal(node: Node) -> bool:
-    """Whether a node is an Attention that sees what came before, all of it, and nothing else."""
+    """Whether a node is an Attention that sees what came before, or of it a window, and no more."""
     given = node.attributes
     return (
         (node.op_type, node.domain) == ("Attention", "")
         and given.get("is_causal", 0) == 1
         and not any((*node.inputs[3:4], *node.inputs[6:], *node.outputs[3:]))
-        and max(given.get("left_window_size", -1), given.get("right_window_size", -1)) < 0
+        and given.get("right_window_size", -1) < 0
     )
 
 

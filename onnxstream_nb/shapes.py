@@ -60,9 +60,10 @@ class Shapes(Facts):
         return self._values.get(name)
 
     def sizes(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a value, or None when a size of it is not known."""
+        """The shape of a value, or None when a size of it is not known, or is none: where a window
+        is larger than what it looks at, the standard's inference gives a number below zero."""
         known = self.shape(name)
-        if known is None or any(isinstance(size, Poly) for size in known):
+        if known is None or any(isinstance(size, Poly) or size < 0 for size in known):
             return None
         return tuple(int(size) for size in known if not isinstance(size, Poly))
 

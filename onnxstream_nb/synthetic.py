@@ -20,7 +20,7 @@ from .graph import ENCODINGS, Encoding, Graph, WeightRef
 if TYPE_CHECKING:
     import numpy as np
 
-    from .formats.llama import LlamaConfig
+    from .formats.decoder_config import DecoderConfig
 
 DTYPES: Mapping[str, str] = {"f16": "float16", "q8_0": "q8_0", "q4_0": "q4_0"}
 """What --dtype calls an encoding -> its name in ENCODINGS."""
@@ -56,35 +56,36 @@ def random_model(
         yield graph
 
 
-def llama_config(geometry: Mapping[str, Any], path: Path, name: str) -> LlamaConfig:
+def llama_config(geometry: Mapping[str, Any], path: Path, name: str) -> DecoderConfig:
     """The builder's configuration for a catalogue geometry."""
-    from .formats.llama import LlamaConfig
+    from .formats.architectures import GGUF_ARCHITECTURES
+    from .formats.decoder_config import DecoderConfig, Layer
     from .formats.rope import rotary
 
-    head_dim, layers, context = geometry["head_dim"], geometry["layers"], geometry["context"]
-    return LlamaConfig(
+    head_dim, context = geometry["head_dim"], geometry["context"]
+    rotation = rotary({"rope_theta": geometry["rope_theta"]}, head_dim, context, name)
+    return DecoderConfig(
         path=path,
         architecture="llama",
+        kind=GGUF_ARCHITECTURES["llama"],
         vocab_size=geometry["vocab"],
         hidden_size=geometry["hidden"],
         intermediate_size=geometry["ffn"],
-        layers=layers,
         heads=geometry["heads"],
         kv_heads=geometry["kv_heads"],
         head_dim=head_dim,
         context_length=context,
         epsilon=geometry["norm_epsilon"],
-        rotary=rotary({"rope_theta": geometry["rope_theta"]}, head_dim, context, name),
-        windows=(None,) * layers,
+        layers=(Layer(rotation),) * geometry["layers"],
         tied=geometry["tied_embeddings"],
         name=f"{name} (random weights)",
     )
 
 
-def random_graph(config: LlamaConfig, encoding: Encoding, path: Path) -> tuple[Graph, int]:
+def random_graph(config: DecoderConfig, encoding: Encoding, path: Path) -> tuple[Graph, int]:
     """The graph of `config` whose matrices lie one after the other in `path`, and that file's
     size. Norm weights are ones, in memory, as float32: as files of quantised models keep them."""
-    from .formats.llama import build
+    from .formats.decoder import build
 
     shape_of = _shapes(config)
     end = 0
@@ -102,7 +103,7 @@ def random_graph(config: LlamaConfig, encoding: Encoding, path: Path) -> tuple[G
     return build(config, weight), end
 
 
-def _shapes(c: LlamaConfig) -> Callable[[str], tuple[int, ...]]:
+def _shapes(c: DecoderConfig) -> Callable[[str], tuple[int, ...]]:
     """Name of a tensor, as Hugging Face gives it -> its stored shape (N, K), or (D,)."""
     query, key = c.heads * c.head_dim, c.kv_heads * c.head_dim
     sizes = {

@@ -16,8 +16,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import kernel_oracles as oracles  # noqa: E402
 import panel_oracles  # noqa: E402
 import quantised_models as quantised  # noqa: E402
+import written_models as written  # noqa: E402
 from spilled_slots import Twins  # noqa: E402
-from tiled_weights import Tiled  # noqa: E402
+from tiled_weights import Tiled, TiledParts  # noqa: E402
 
 from onnxstream_nb import spill  # noqa: E402
 from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
@@ -27,6 +28,7 @@ from onnxstream_nb.kernels.rope import rotary_embedding  # noqa: E402
 from onnxstream_nb.kernels.threads import set_threads, team  # noqa: E402
 from onnxstream_nb.kvcache import KVSlot  # noqa: E402
 from onnxstream_nb.registry import kernels  # noqa: E402
+from onnxstream_nb.session import Session  # noqa: E402
 
 RNG = np.random.default_rng(5)
 
@@ -89,15 +91,27 @@ PARTS = (
     quantised.dequantised("uint4", 64, 19, 64, turned=True),
     quantised.dequantised("int8", 96, 35, per="row"),
     quantised.nbits(8, 64, 5, 32),
+    written.half_scaled("uint4", 96, 34, 32, zeros=True),
+    written.half_scaled("int8", 96, 35, 32, turned=True),
 )
+TABLE = written.tied_integers("int8", 40, 64, 32)
 
 
 def parts(samples: tuple[quantised.Quantised, ...]) -> None:
     for found in samples:
+        weight = quantised.weight_of(found)
         for m in (1, 3):
             x = normal(m, found.k)
-            y = matmul(x, quantised.weight_of(found))
+            y = matmul(x, weight)
             oracles.assert_product(y, x, found.dense, packed=True)
+            if weight.ref.cut_by_rows:
+                assert np.array_equal(matmul(x, TiledParts(weight)), y)
+    if samples is not PARTS:
+        return
+    with Session(TABLE.model, load="ram") as session:
+        ids = np.array([[39, 0, 7]])
+        rows = session.run({"ids": ids})["e"]
+    assert np.array_equal(rows, TABLE.dense[ids].astype(np.float32))
 
 
 def attention(head_sizes: tuple[int, ...]) -> None:

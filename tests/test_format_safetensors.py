@@ -208,7 +208,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown zero": ({"residual_multiplier": 0}, "'residual_multiplier' = 0 is not known"),
     "unknown object": ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
     "another's field": ({"sliding_window": 5}, "'sliding_window' = 5 is not known for Llama"),
-    "architecture": ({"architectures": ["GemmaForCausalLM"]}, "'GemmaForCausalLM' is not supp"),
+    "architecture": ({"architectures": ["MambaForCausalLM"]}, "'MambaForCausalLM' is not supp"),
     "architectures": ({"architectures": ["A", "B"]}, r"\['A', 'B'\] is not supported"),
     "no architecture": ({"architectures": None}, "architecture None is not supported"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),

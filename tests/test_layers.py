@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         "registry", "trace", "passes", "kvcache", "packed_file", "convert", PACKAGE,
     },
     "convert": {
-        "hub", "formats", "passes", "session", "registry", "tokenizer", "llm", "weights", PACKAGE,
+        "hub", "formats", "passes", "session", "registry", "tokenizer", "llm", "packed_file",
+        "weights", PACKAGE,
     },
     "measure": {
         "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,

@@ -170,8 +170,8 @@ def test_the_vae_decoder() -> None:
     assert bound.unknown == ()
     assert bound.nbytes == 4 * (4 * 256 * 512 * 512)
     used = rehearsed(Lives(graph, Shapes(graph, sizes, constants)))
-    assert used.peak_live == bound.nbytes
-    assert used.peak_touched <= 1.15 * bound.nbytes
+    assert bound.nbytes <= used.peak_live == bound.working  # convolutions copy windows of pieces
+    assert used.peak_touched <= 1.15 * bound.working
 
 
 @pytest.mark.parametrize(("batch", "latent"), [(1, 64), (2, 48)])

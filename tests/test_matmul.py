@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from kernel_oracles import ORDERS, PLAIN, assert_product, normal, random_weight
 
-from onnxstream_nb.kernels.matmul import gemm, matmul
+from onnxstream_nb.errors import ShapeError
+from onnxstream_nb.kernels.matmul import gemm, lower_matmul, matmul
 from onnxstream_nb.kernels.threads import set_precision, set_threads
 from onnxstream_nb.kernels.tile_bf16 import AMX, SUPPORTED
 
@@ -238,3 +239,18 @@ def test_what_is_not_finite_in_x_reaches_the_result(
     x = normal(rng, 1, 256)
     x[0, 77] = bad
     assert not np.isfinite(matmul(x, weight)).any()
+
+
+@pytest.mark.parametrize("m", [1, 5, 40])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sizes_that_do_not_meet_are_refused(
+    m: int, transposed: bool, rng: np.random.Generator
+) -> None:
+    """Kernels take addresses: they would read behind the shorter of the two."""
+    weight, _ = random_weight("float16", 64, 48, rng, transposed)
+    for k in (32, 65):
+        with pytest.raises(ShapeError, match=f"a product of {k} columns and 64 rows"):
+            matmul(normal(rng, m, k), weight)
+        assert lower_matmul(normal(rng, m, k), weight) is None
+    with pytest.raises(ShapeError, match="a product of 32 columns and 64 rows"):
+        matmul(normal(rng, m, 32), normal(rng, 64, 48))

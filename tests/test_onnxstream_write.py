@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnxruntime
+import onnxstream_engine
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -399,3 +400,61 @@ def test_smollm2_as_a_folder_gives_the_same_ids(tmp_path: Path) -> None:
     for case in json.loads(REFERENCES.read_text("utf-8")):
         assert greedy(model, case) == case["output_ids"], case["prompt"]
     model.close()
+
+
+def in_onnxstreams_engine(folder: Path, ids: list[int], steps: tuple[int, ...]) -> Array:
+    """Logits (T, V), read as OnnxStream's chat program reads: the cache's outputs fed back."""
+    pkv = {v.name: v for v in load_graph(folder).inputs if v.name.startswith("pkv")}
+    past = {n: np.zeros([d if isinstance(d, int) else 0 for d in v.shape or ()], np.float32)
+            for n, v in pkv.items()}  # fmt: skip
+    rows, start = [], 0
+    for size in steps:
+        feeds = {
+            "input_5F_ids": np.array([ids[start : start + size]]),
+            "position_5F_ids": np.arange(start, start + size)[None],
+            "attention_5F_mask": np.ones((1, start + size), np.int64),
+        }
+        values = onnxstream_engine.run(folder, feeds | past)
+        past = {name: values[f"o{name}"] for name in past}
+        rows.append(values["logits"][0])
+        start += size
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("steps", [(7,), (1,) * 7, (3, 1, 3)], ids=str)
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        Tiny(heads=6, kv_heads=2, head_dim=16, tied=True),
+        Tiny("qwen3", heads=4, kv_heads=4),
+        Tiny("qwen2"),
+        Tiny("mistral", window=3),
+    ],
+    ids=lambda tiny: tiny.architecture,
+)
+def test_onnxstreams_engine_would_run_it(
+    tiny: Tiny, steps: tuple[int, ...], tmp_path: Path
+) -> None:
+    weights = write_gguf(tmp_path / "m.gguf", tiny, "F16")
+    folder = written(load_graph(tmp_path / "m.gguf"), tmp_path / "out")
+    ids = [1, 5, 9, 33, 7, 2, 8]
+    got = in_onnxstreams_engine(folder, ids, steps)
+    wanted = logits(tiny, weights, ids)
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_attention_stands_as_onnxstream_fuses_it(tmp_path: Path) -> None:
+    """Its chat program refuses a model without this sequence, each value used once."""
+    write_gguf(tmp_path / "m.gguf", Tiny(heads=6, kv_heads=2), "F32")
+    folder = written(load_graph(tmp_path / "m.gguf"), tmp_path / "out")
+    text = (folder / "model.txt").read_text()
+    lines = [line.split("*") for line in text.splitlines()]
+    types = [line[0].split(":")[1] for line in lines]
+    wanted = ["Transpose", "MatMul", "Div", "Add", "Softmax", "MatMul"]
+    starts = [i for i in range(len(types)) if types[i : i + 6] == wanted]
+    assert len(starts) == 2
+    for start in starts:
+        for i, place in zip(range(start, start + 5), (1, 0, 0, 0, 0), strict=True):
+            value = lines[i][2].removeprefix("output:").split("(")[0]
+            assert lines[i + 1][1].removeprefix("input:").split(";")[place].startswith(f"{value}(")
+            assert len(re.findall(rf"[:;]{value}\(", text)) == 2

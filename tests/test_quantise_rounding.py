@@ -1,4 +1,4 @@
-"""Rounding matrices in blocks: against plain Python, onnx's reference, at the ends of ranges."""
+"""Rounding matrices in blocks: against plain Python and onnx's reference, and at ranges' ends."""
 
 from __future__ import annotations
 
@@ -230,6 +230,16 @@ def test_feedback_reduces_the_error_of_outputs(block: int) -> None:
     assert error(with_feedback(rows, factor, grid, True)) < 0.6 * error(
         nearest(rows, None, grid, True)
     )
+
+
+@pytest.mark.parametrize("k", [1, 7, 96, 97, 250])
+def test_the_factor_is_that_of_the_damped_inverse(k: int) -> None:
+    x = correlated(2 * k, k).astype(np.float64)
+    hessian = x.T @ x / len(x)
+    factor = factor_of(hessian).astype(np.float64)
+    hessian += 0.01 * hessian.diagonal().mean() * np.eye(k)
+    np.testing.assert_array_equal(np.tril(factor, -1), 0)
+    np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(k), atol=1e-4)
 
 
 def test_channels_without_inputs_and_few_inputs_are_no_obstacle() -> None:

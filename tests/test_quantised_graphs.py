@@ -223,7 +223,7 @@ def test_a_key_is_that_of_all_parts() -> None:
 
 def test_a_turn_s_panels_or_floats_are_counted_as_work() -> None:
     """Of what is streamed the stored bytes are the provider's; a product makes more of them."""
-    for found, factor in ((nbits(4, 256, 40, 32), 2), (nbits(4, 256, 40, 16), 0)):
+    for found, factor in ((nbits(4, 256, 40, 32), 2), (nbits(4, 240, 40, 16), 0)):
         graph = rewritten(found.model)
         ref = parts_of(graph)
         plan = make_plan(graph, decode_constant, internal("Panels")().panel_bytes)

@@ -151,6 +151,9 @@ SHIPPED = {
     "columns of bytes": dequantised("int8", 320, 50, per="row", zeros=True),
     "rows of bytes": dequantised("uint8", 320, 50, 128, turned=True),
     "4 bits": nbits(4, 320, 50, 64, zeros="packed"),
+    "short blocks": dequantised("int4", 320, 34, 16),
+    "short blocks of rows": half_scaled("uint8", 320, 34, 16, zeros=True, turned=True),
+    "blocks of three groups": dequantised("int8", 320, 34, 96, zeros=True),
     "half scales": half_scaled("uint4", 320, 34, 32, zeros=True),
     "half scales of bytes": half_scaled("int8", 320, 33, 64, turned=True),
     "8 bits": nbits(8, 320, 33, 32),
@@ -198,18 +201,18 @@ def panel_values(weight: Any) -> tuple[Array, Array, Array]:
     ).reshape(-1, weight.row_bytes)
     rows = []
     for panel in memory:
-        shift, size, at, half, own = panel[:20].view(np.int32)
-        groups = min(1 << int(shift), k // 32)
+        _, groups, size, at, flags = panel[:20].view(np.int32).tolist()
+        half, own, halves = flags & 1, flags & 2, flags // 4
         units = -(-(k // 32) // groups)
         inner = panel[64 : 64 + units * size].reshape(units, size)
         quads = inner[:, at:].reshape(units, groups, -1, 16, 4)
         if weight.encoding == "affine4":
             quads = np.concatenate([quads & 15, quads >> 4], axis=2)
         q = np.moveaxis(quads, 3, 0).reshape(16, -1)[:, :k]
-        s = np.ascontiguousarray(inner[:, : 32 if half else 64])
-        s = s.view(np.float16 if half else np.float32)
-        z = inner[:, at - 16 : at] if own else np.tile(panel[32:48], (units, 1))
-        rows.append((q, s.T, z.T))
+        s = np.ascontiguousarray(inner[:, : (32 if half else 64) << halves])
+        s = s.view(np.float16 if half else np.float32).reshape(-1, 16)
+        z = np.ascontiguousarray(inner[:, at - (16 << halves) : at]).reshape(-1, 16)
+        rows.append((q, s.T, z.T if own else np.tile(panel[32:48], (len(s), 1)).T))
     return tuple(np.concatenate(part)[:n] for part in zip(*rows, strict=True))  # type: ignore
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,24 @@ def test_each_gets_what_it_gets_alone(
         assert len(rows[strand]) >= 3
         assert strand.tokens[: len(prompt)] == prompt
         assert strand.cache.length == len(strand.tokens) == len(prompt) + len(rows[strand]) - 1
+        same(rows[strand], alone(path, prompt, len(rows[strand]) - 1, **options))
+    model.close()
+
+
+@pytest.mark.parametrize("load", ["ram", "stream"])
+def test_each_gets_what_it_gets_alone_in_a_window(load: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "F32", replace(TINY, window=7))
+    options = {"load": load, "precision": "exact", "threads": 2}
+    model = LanguageModel(path, **options)
+    sequences, rows = Sequences(model, 4), {}
+    prompts = [random_ids(n) for n in (3, 60, 9, 200)]
+    strands = [sequences.open(TINY.context) for _ in prompts]
+    for strand, prompt in zip(strands, prompts, strict=True):
+        strand.waiting, rows[strand] = list(prompt), []
+    for _ in range(8):
+        advance(sequences, strands, rows)
+    assert model.passes < 2 * 8
+    for strand, prompt in zip(strands, prompts, strict=True):
         same(rows[strand], alone(path, prompt, len(rows[strand]) - 1, **options))
     model.close()
 
@@ -234,17 +253,16 @@ def test_packing_is_first_fit() -> None:
 
 
 def shares(path: Path) -> bool:
-    graph = passes.rewrite_logit_rows(passes.optimize(load_graph(path), decode_constant))
+    graph = passes.optimize(load_graph(path), decode_constant)
+    graph = passes.rewrite_logit_rows(passes.rewrite_windows(graph, decode_constant))
     return can_share_passes(graph, passes.find_cache(graph))
 
 
 @pytest.mark.parametrize(
-    ("tiny", "expected"),
-    [(Tiny(), True), (Tiny(architecture="qwen3"), True), (Tiny(tied=True), True),
-     (Tiny(window=16), False)],
-)  # fmt: skip
-def test_ggufs_can_unless_they_have_a_window(tiny: Tiny, expected: bool, tmp_path: Path) -> None:
-    assert shares(written(tmp_path, "F32", tiny)) is expected
+    "tiny", [Tiny(), Tiny(architecture="qwen3"), Tiny(tied=True), Tiny(window=16)]
+)
+def test_ggufs_can(tiny: Tiny, tmp_path: Path) -> None:
+    assert shares(written(tmp_path, "F32", tiny))
 
 
 @pytest.mark.parametrize(

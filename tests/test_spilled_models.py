@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,17 @@ def replies(model: LanguageModel) -> list[Array]:
 def test_replies_are_those_from_memory(
     threads: int, encoding: str, path: Path, tmp_path: Path
 ) -> None:
+    compare(path, tmp_path, threads, encoding)
+
+
+def test_replies_of_layers_with_windows_are_those_from_memory(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "w.gguf", replace(WIDE, window=200), "F16")
+    (tmp_path / "spill").mkdir()
+    compare(tmp_path / "w.gguf", tmp_path / "spill", 2, "f16")
+
+
+def compare(path: Path, tmp_path: Path, threads: int, encoding: str) -> None:
+    """Replies with the cache in `tmp_path` and in memory, to the last bit."""
     options: dict[str, Any] = {"threads": threads, "kv_cache": encoding}
     whole, *_, least = sizes(path, encoding, threads)
     ram = least_ram(path, **options) - whole + least + 3_000_000

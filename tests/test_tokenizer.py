@@ -253,6 +253,9 @@ def test_byte_level_gguf_encodes_as_the_library_that_trained_it():
 
 SPLITS = {
     "gpt-2": "It|'s| 12345| | HELLO|'|S|\n|\n|naïve|-|x| !?| CamelCase",
+    "phi-2": "It|'s| 12345| | HELLO|'|S|\n|\n|naïve|-|x| !?| CamelCase",
+    "dbrx": "It|'s| |123|45| | HELLO|'S|\n\n|naïve|-x| !?| CamelCase",
+    "gpt-4o": "It's| |123|45| | HELLO'S|\n\n|naïve|-x| !?| Camel|Case",
     "smollm": "It|'s| |1|2|3|4|5| | HELLO|'|S|\n|\n|naïve|-|x| !?| CamelCase",
     "llama-bpe": "It|'s| |123|45| | HELLO|'S|\n\n|naïve|-x| !?| CamelCase",
     "qwen2": "It|'s| |1|2|3|4|5| | HELLO|'S|\n\n|naïve|-x| !?| CamelCase",

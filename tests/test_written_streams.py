@@ -31,12 +31,14 @@ CUT = {
     "nibbles by rows": half_scaled("uint4", 352, 75, 32, turned=True, zeros=True),
     "4 bits": nbits(4, 352, 70, 32, zeros="packed"),
     "8 bits": nbits(8, 352, 53, 32),
+    "short blocks": half_scaled("uint4", 352, 50, 16, zeros=True),
+    "short blocks by rows": nbits(4, 352, 53, 16, zeros="packed"),
+    "blocks of three groups": half_scaled("int8", 416, 34, 96),
 }
 WHOLE = {
     "no groups": dequantised("int8", 100, 37, 32),
     "odd rows of nibbles": dequantised("uint4", 352, 33, 64, zeros=True),
-    "blocks of three groups": dequantised("int8", 192, 48, 96),
-    "short blocks": dequantised("int8", 192, 48, 16),
+    "blocks of half a group more": dequantised("int8", 192, 48, 48),
     "zero points of floats": nbits(4, 352, 53, 32, zeros="float"),
 }
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from panel_oracles import packed_weight
 
-from onnxstream_nb.weights import Weight
+from onnxstream_nb.weights import DiskProvider, Weight
 
 GONE = 0xFF  # of floats: NaN
 
@@ -38,3 +38,23 @@ class Tiled(Weight):
 
     def whole(self) -> Weight:
         return Weight(self.ref, self.rows.reshape(-1).copy())
+
+
+class TiledParts(Weight):
+    """A matrix in parts whose stored rows come in tiles of as many as stay together."""
+
+    __slots__ = ()
+    in_tiles = True
+
+    def __init__(self, weight: Weight) -> None:
+        super().__init__(weight.ref, np.empty(0, np.uint8))
+
+    def tiles(self) -> Iterator[Weight]:
+        rows, together = self.ref.stored_shape[0], self.ref.unit[0]
+        for start in range(0, rows, together):
+            part = self.ref.rows(start, min(rows, start + together))
+            buffer = DiskProvider().get(part).buffer.copy()
+            tile = Weight(part, buffer)
+            tile.first = start
+            yield tile
+            buffer[:] = GONE

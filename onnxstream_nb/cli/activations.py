@@ -22,7 +22,11 @@ def prepared(path: Path) -> Graph:
     from ..session import decode_constant, load_graph
 
     graph = passes.optimize(load_graph(path), decode_constant)
-    return passes.rewrite_logit_rows(graph) if passes.find_cache(graph) else graph
+    if not passes.find_cache(graph):
+        return graph
+    for rewrite in (passes.rewrite_unpadded, passes.rewrite_windows):
+        graph = rewrite(graph, decode_constant)
+    return passes.rewrite_logit_rows(graph)
 
 
 def activation_facts(graph: Graph, tokens: int) -> Facts:

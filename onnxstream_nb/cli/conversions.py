@@ -73,6 +73,11 @@ QUANTIZE = (
         choice("float16", "float32"), "TYPE",
     ),
     Option(
+        ("--plain",),
+        "scales that cover a block's range, instead of those of least error",
+        truth, default=False,
+    ),
+    Option(
         ("--range-data",),
         "file of ranges for static: read where it exists, else written after calibration",
         text, "FILE",

@@ -24,7 +24,7 @@ def convert(options: Mapping[str, Any]) -> int:
     """Write a model in another format or type, and print what was written."""
     _check_flags(options)
     from .. import hub, ui
-    from ..convert.convert import FLOATS
+    from ..convert.convert import FLOATS, UINT8
     from ..convert.convert import convert as run
     from ..convert.folder import check_out
 
@@ -33,7 +33,8 @@ def convert(options: Mapping[str, Any]) -> int:
     with ui.progress() as report:
         found = hub.resolve(options["model"], progress=of_download(report))
         written = run(
-            found.path, out, to=options["to"], dtype=FLOATS.get(options["dtype"]),
+            found.path, out, to=options["to"],
+            dtype=UINT8 if _is_uint8(options) else FLOATS.get(options["dtype"]),
             steps=steps(options, report), overwrite=options["overwrite"], report=report,
         )  # fmt: skip
     document = {"model": found.name, **facts(written)}
@@ -47,15 +48,21 @@ def _check_flags(options: Mapping[str, Any]) -> None:
     if given and not rounded:
         flag = given[0].replace("_", "-")
         raise UsageError(f"--{flag} is for --dtype {' or '.join(ROUNDED)}: give one of them")
-    if rounded and options["to"] == "onnxstream":
+    if rounded and options["to"] == "onnxstream" and (given or not _is_uint8(options)):
+        flag = given[0].replace("_", "-") if given else f"dtype {options['dtype']}"
         raise UsageError(
-            f"--dtype {options['dtype']}: OnnxStream stores no weights in blocks; give fp32 or fp16"
+            f"--{flag}: OnnxStream stores no weights in blocks; give fp32 or fp16, or int8 alone"
         )
+
+
+def _is_uint8(options: Mapping[str, Any]) -> bool:
+    """Whether all weights are to be rounded as OnnxStream's exporter does."""
+    return bool(options["to"] == "onnxstream" and options["dtype"] == "int8")
 
 
 def steps(options: Mapping[str, Any], report: Report) -> tuple[Step, ...]:
     """What is done to the model before it is written."""
-    if options["dtype"] not in ROUNDED:
+    if options["dtype"] not in ROUNDED or _is_uint8(options):
         return ()
     from ..convert.quantise import DEFAULT_BLOCK, QuantiseOptions, quantise
 

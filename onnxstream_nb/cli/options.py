@@ -157,6 +157,12 @@ def number(low: float, high: float, *, above: bool = False) -> Parse:
     return parse
 
 
+def dimension(given: str, source: str) -> tuple[str, int]:
+    """An open size of a graph: `height=64`, or `64` with the name ""."""
+    name, _, size = given.rpartition("=")
+    return name, whole(1)(size, source)
+
+
 def numbers(minimum: int) -> Parse:
     """Whole numbers of at least `minimum`, separated by commas."""
     one = whole(minimum)

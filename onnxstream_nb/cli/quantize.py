@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..convert.quantise import QuantiseOptions
 
 ACTIVATIONS = ("dynamic", "static")
-_WEIGHTS_ONLY = ("block", "matmul_nbits", "scales")
+_WEIGHTS_ONLY = ("block", "matmul_nbits", "scales", "plain")
 _CALIBRATING = ("awq", "gptq", "static")
 
 
@@ -81,6 +81,7 @@ def asked_for(options: Mapping[str, Any], model: Path) -> QuantiseOptions:
         block=DEFAULT_BLOCK if options["block"] is None else options["block"],
         asymmetric=options["asymmetric"],
         keep=layers_kept(options),
+        search=not options["plain"],
         matmul_nbits=options["matmul_nbits"],
         scales=options["scales"] or "float16",
         **given,

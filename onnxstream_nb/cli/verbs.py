@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
-from .options import Option, choice, number, numbers, size, text, truth, whole
+from .options import Option, choice, dimension, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
 
@@ -191,6 +191,17 @@ INSPECT = (
     ),
     LOADING[-1], JSON,
 )  # fmt: skip
+VERIFY = (
+    Option(
+        ("--size",),
+        "an open size of the inputs of a graph that is no language model, as NAME=N, or N for all"
+        " others; may be repeated; default 1",
+        dimension,
+        "SIZE",
+        repeat=True,
+    ),
+    *LOADING[:3], JSON,
+)  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
 
@@ -224,6 +235,12 @@ VERBS: Mapping[str, Verb] = {
         "optional",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
+    "verify": Verb(
+        "cli.verify:verify",
+        "check a model's files, weights and tokenizer, and a forward pass",
+        VERIFY,
+        "required",
+    ),
     "convert": Verb(
         "cli.convert:convert",
         "write a model in another format or type",

@@ -24,6 +24,8 @@ def attention(e: Emit) -> None:
         raise e.error("its keys are padded by nonpad_kv_seqlen")
     if len(node.outputs) > 3 and node.outputs[3]:
         raise e.error("its scores are used")
+    if any(node.attributes.get(f"{side}_window_size", -1) >= 0 for side in ("left", "right")):
+        raise e.error("its window is an attribute")
     q, k, v, mask, past_key, past_value = (*node.inputs, "", "", "")[:6]
     output, present_key, present_value = (*node.outputs, "", "")[:3]
     query, heads, width = _heads(e, q, "q_num_heads")

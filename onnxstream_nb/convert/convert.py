@@ -20,6 +20,8 @@ Step = Callable[[Draft], Draft]
 
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """--dtype -> the element type of stored floats."""
+UINT8 = "uint8"
+"""--dtype int8 in an OnnxStream folder: all weights as its exporter rounds them."""
 KINDS = ("onnx", "onnxstream")
 
 
@@ -93,11 +95,13 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
     if to not in KINDS:
         raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
     if to == "onnx":
+        if dtype == UINT8:
+            raise UsageError("uint8 is a form of weights in OnnxStream's folders alone")
         return
     if _is_file(out):
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
-    if dtype not in (None, "float32", "float16"):
-        raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16; give one of them")
+    if dtype not in (None, "float32", "float16", UINT8):
+        raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16, or int8; give one")
 
 
 def _stored(graph: Graph) -> int:

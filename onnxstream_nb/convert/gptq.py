@@ -12,6 +12,7 @@ Dims: a matrix is (N, K), inputs x (T, K), H (K, K).
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
@@ -29,6 +30,7 @@ from .matrices import read_rows
 Array = np.ndarray[Any, Any]
 
 DAMPING = 0.01  # of the mean of H's diagonal, added to it
+SMALLEST_HALVED = 96
 MOST_DOUBLE = 8192  # K up to which H is inverted in float64
 
 
@@ -72,10 +74,24 @@ def factor_of(hessian: Array) -> Array:
     while True:
         diagonal += damping * mean
         try:
-            inverse: Any = np.linalg.inv(cast(Any, damped))
-            return cast(Array, np.linalg.cholesky(inverse).T.astype(np.float32))
+            # Backwards H = L L', so that forwards its inverse is U' U with U that of L.
+            lower: Array = np.linalg.cholesky(cast(Any, damped[::-1, ::-1]))
+            return np.ascontiguousarray(inverse_of_lower(lower)[::-1, ::-1], np.float32)
         except np.linalg.LinAlgError:  # not positive in this arithmetic: more damping helps
             damping *= 10
+
+
+def inverse_of_lower(matrix: Array) -> Array:
+    """The inverse of a lower triangular matrix (K, K), by halves: mostly products."""
+    size = len(matrix)
+    if size <= SMALLEST_HALVED:
+        return np.tril(np.linalg.inv(cast(Any, matrix)))
+    half = size // 2
+    result = np.zeros_like(matrix)
+    result[:half, :half] = inverse_of_lower(matrix[:half, :half])
+    result[half:, half:] = inverse_of_lower(matrix[half:, half:])
+    result[half:, :half] = -result[half:, half:] @ (matrix[half:, :half] @ result[:half, :half])
+    return result
 
 
 class _Kept:
@@ -83,6 +99,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the last reader
+        weakref.finalize(self, self._file.close)
 
     def keep(self, rounded: Rounded, dtype: str) -> Callable[[], Rounded]:
         """Write a rounded matrix; the result reads it."""

@@ -93,6 +93,17 @@ def checked(name: str, rounded: Rounded) -> Rounded:
     return rounded
 
 
+def joined(strips: Iterable[Rounded]) -> Rounded:
+    """A matrix of which some rows were rounded at a time."""
+    found = list(strips)
+    if len(found) == 1:
+        return found[0]
+    integers = np.concatenate([r.integers for r in found])
+    scales = np.concatenate([r.scales for r in found])
+    zeros = [r.zeros for r in found if r.zeros is not None]
+    return Rounded(integers, scales, np.concatenate(zeros) if zeros else None)
+
+
 def values(rounded: Rounded, block: int) -> Array:
     """What a rounded matrix stands for, (N, K) float32; `block` elements share a scale."""
     k = rounded.integers.shape[1]

@@ -70,12 +70,27 @@ class Matrix:
 def read_rows(draft: Draft, matrix: Matrix) -> Array:
     """The elements (N, K) float32. Raises ModelError when one is no finite number."""
     array = draft.read(draft.graph.initializers[matrix.name]).astype(np.float32, copy=False)
+    return _finite(array if matrix.by_rows else array.T, matrix)
+
+
+def read_strips(draft: Draft, matrix: Matrix) -> Iterator[Array]:
+    """What `read_rows` gives, some rows at a time where they are stored as rows."""
+    ref = draft.graph.initializers[matrix.name]
+    if matrix.name in draft.made or ref.transposed == matrix.by_rows:
+        yield read_rows(draft, matrix)
+        return
+    by_rows = replace(ref, shape=ref.stored_shape, transposed=False)
+    for strip in draft.pieces(by_rows, "float32"):
+        yield _finite(strip.reshape(-1, matrix.rows[1]), matrix)
+
+
+def _finite(array: Array, matrix: Matrix) -> Array:
     if not np.isfinite(array).all():
         raise ModelError(
             f"{matrix.name}: not all weights are finite numbers, so they cannot be quantised; the "
             "file is damaged, fetch or export it again"
         )
-    return array if matrix.by_rows else array.T
+    return array
 
 
 def find(draft: Draft) -> list[Matrix]:

@@ -17,7 +17,9 @@ from ..graph import Graph, Node, Value
 from ..passes.facts import Facts, Read
 from ..passes.rewriting import remove_dead
 from ..progress import Report
+from .decompose import foreign
 from .draft import Draft
+from .onnxstream_uint8 import uint8_weights
 from .opset14 import storable
 from .renaming import renamed
 from .streamed_llm import streamed
@@ -35,6 +37,10 @@ def write_text_folder(draft: Draft, folder: Folder, report: Report, *, dtype: st
     """
     draft = storable(streamed(draft))
     draft = draft.with_(with_own_outputs(remove_dead(draft.graph)))
+    if dtype == "uint8":
+        draft, dtype = uint8_weights(draft, report), ""
+    if missing := foreign(draft.graph):
+        report(f"OnnxStream's own engine does not know {', '.join(missing)}; this one does", None)
     contents = Contents(draft.read, draft.pieces, known_dims(draft.graph, draft.read))
     write(draft.graph, folder, contents, report, dtype=dtype)
     return draft.graph

@@ -23,12 +23,13 @@ from .integer_forms import (
     Grid,
     Rounded,
     Written,
+    joined,
     write_dequantised,
     write_floats,
     write_nbits,
 )  # fmt: skip
 from .layers import Calibration, Layer, nearest
-from .matrices import Matrix, find, read_rows
+from .matrices import Matrix, find, read_strips
 from .quantise import FLOATS, QuantiseOptions
 
 Array = np.ndarray[Any, Any]
@@ -74,7 +75,7 @@ def activation_aware(draft: Draft, options: QuantiseOptions, report: Report) -> 
     """Rounded to nearest after the channels that matter have been made larger: see awq.py."""
     plan = _plan(draft, options)
     found = awq.search(
-        _calibration(plan, options, report), plan.matrices, plan.search, _windows(options)
+        _calibration(plan, options, report), plan.matrices, plan.search, _windows(plan, options)[1]
     )
     folded = awq.fold(plan.draft, found)
     plan = replace(plan, draft=folded, matrices=tuple(find(folded)))
@@ -129,16 +130,18 @@ def _grid(matrix: Matrix, dtype: str, options: QuantiseOptions) -> Grid:
     return Grid(bits, options.block, options.asymmetric, scales)
 
 
-def _windows(options: QuantiseOptions) -> int:
-    return max(1, options.tokens // min(options.window, options.tokens))
+def _windows(plan: Plan, options: QuantiseOptions) -> tuple[int, int]:
+    """Tokens of a window, within what the model was made for, and how many windows."""
+    context = int(plan.draft.graph.metadata.get("context_length") or options.window)
+    window = min(options.window, options.tokens, context)
+    return window, max(1, options.tokens // window)
 
 
 def _calibration(plan: Plan, options: QuantiseOptions, report: Report) -> Calibration:
     assert options.text is not None and options.tokenizer is not None  # QuantiseOptions sees to it
     feeds = feeds_of_text(
-        plan.draft.graph, options.tokenizer, options.text, min(options.window, options.tokens),
-        _windows(options), options.source,
-    )  # fmt: skip
+        plan.draft.graph, options.tokenizer, options.text, *_windows(plan, options), options.source
+    )
     return Calibration(plan.draft, plan.layers(), feeds, report)
 
 
@@ -147,8 +150,9 @@ def _nearest(plan: Plan, importance: Mapping[str, Array] | None = None) -> Compu
     known = importance or {}
 
     def compute(matrix: Matrix, grid: Grid) -> Callable[[], Rounded]:
-        return lambda: nearest(
-            read_rows(plan.draft, matrix), known.get(matrix.name), grid, plan.search
+        return lambda: joined(
+            nearest(rows, known.get(matrix.name), grid, plan.search)
+            for rows in read_strips(plan.draft, matrix)
         )
 
     return {matrix.name: compute(matrix, grid) for matrix, grid in plan.chosen}

@@ -7,7 +7,7 @@ Parameters are spelled as Hugging Face's config.json spells them (`rope_paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from ..errors import ModelError, UnsupportedError
 @dataclass(frozen=True, slots=True)
 class Rotary:
     """`frequencies`: radians per position, one per rotated pair; cos and sin are multiplied by
-    `attention_factor`."""
+    `attention_factor`. With a `limit`, they hold for contexts of so many tokens at most."""
 
     frequencies: tuple[float, ...]
     attention_factor: float = 1.0
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +112,43 @@ def _yarn_attention_factor(p: _Parameters, factor: float) -> float:
     return p.number("attention_factor", inferred)
 
 
+def _longrope(p: _Parameters) -> Rotary:
+    """LongRoPE, https://arxiv.org/abs/2402.13753, with its short factors.
+
+    The long ones are for contexts beyond the one before stretching. They turn all keys, also those
+    that are cached, so that a model would have to be told beforehand which context is meant.
+    """
+    original = p.original
+    ratio = p.number("factor", p.context_length / original)
+    stretched = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    factors = p.values.get("short_factor")
+    if not isinstance(factors, list) or len(factors) != p.dim // 2:
+        raise ModelError(f"{p.where}: short_factor is not a list of {p.dim // 2} numbers")
+    scaled = divided(p.plain(), factors, f"{p.where}: short_factor")
+    limit = min(p.context_length, int(original))
+    return Rotary(scaled, p.number("attention_factor", stretched), limit)
+
+
+def divided(frequencies: Sequence[float], factors: Sequence[Any], where: str) -> tuple[float, ...]:
+    """Each frequency divided by its factor; `where` names the factors in errors."""
+    numbers = all(isinstance(f, int | float) and not isinstance(f, bool) for f in factors)
+    if not numbers or not all(0 < f < 1e12 for f in factors):
+        raise ModelError(f"{where} holds values that are not positive")
+    return tuple(f / factor for f, factor in zip(frequencies, factors, strict=True))
+
+
 _COMMON = frozenset({"rope_theta", "rope_type", "type", "factor"})
 _ORIGINAL = frozenset({"original_max_position_embeddings"})
 _YARN = frozenset(
     {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 )
+_LONGROPE = _COMMON | _ORIGINAL | {"attention_factor", "short_factor", "long_factor"}
 _TYPES: Mapping[str, tuple[Callable[[_Parameters], Rotary], frozenset[str]]] = {
     "default": (_default, _COMMON),
     "linear": (_linear, _COMMON),
     "llama3": (_llama3, _COMMON | _ORIGINAL | {"low_freq_factor", "high_freq_factor"}),
+    "longrope": (_longrope, _LONGROPE),
+    "su": (_longrope, _LONGROPE),
     "yarn": (_yarn, _COMMON | _ORIGINAL | _YARN | {"finetuned"}),
 }
 

@@ -1,8 +1,7 @@
 """Reads Hugging Face folders: config.json and safetensors, in one file or sharded, as a `Graph`.
 
-Architectures: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM. The
-configuration is read strictly: a field that is not known might change the results, so it is an
-error and not ignored.
+The architectures are those of architectures.py. The configuration is read strictly: a field that
+is not known might change the results, so it is an error and not ignored.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ from pathlib import Path
 
 from ..errors import ModelError, UnsupportedError
 from ..graph import Graph, WeightRef
-from . import external_data, llama
+from . import external_data
+from .decoder import build
 from .hf_config import read_config
+from .notation import renamed
 from .safetensors_header import TensorInfo, read_header, read_object
 
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,7 @@ _ENCODINGS: Mapping[str, str] = {"F32": "float32", "F16": "float16", "BF16": "bf
 
 
 def read(folder: str | Path) -> Graph:
-    """The model in `folder` as the compact graph of `formats.llama`.
+    """The model in `folder` as the compact graph of `formats.decoder`.
 
     Raises ModelError when a file is missing or damaged or a tensor is missing or of the wrong
     shape, UnsupportedError for an architecture, configuration field or dtype that is not known.
@@ -29,18 +30,23 @@ def read(folder: str | Path) -> Graph:
     folder = Path(folder)
     tensors = _tensors(folder)
     config = read_config(folder)
+    used: set[str] = set()
 
-    def weight(name: str) -> WeightRef:
+    def lookup(name: str) -> WeightRef:
+        name = renamed(name, config.kind.names)
         if name not in tensors:
             raise ModelError(
                 f"{folder}: tensor '{name}' is missing; the weights do not fit config.json or "
                 "are incomplete, download them again"
             )
+        used.add(name)
         return _reference(tensors[name])
 
-    graph = llama.build(config, weight)
+    graph = build(config, lookup)
     for name in tensors:
-        if name not in graph.initializers and not name.endswith(".rotary_emb.inv_freq"):
+        if name not in used | graph.initializers.keys() and not name.endswith(
+            ".rotary_emb.inv_freq"
+        ):
             raise UnsupportedError(
                 f"{folder}: tensor '{name}' is not part of a model as config.json describes it; "
                 "it may change the results"

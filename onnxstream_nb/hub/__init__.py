@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from .catalogue import CATALOGUE, Entry
-from .models import Installed, Resolved, installed, pull, remove, resolve
-from .store import Progress, ProgressCallback, cache_dir, packed_dir, spill_dir
+from .models import Installed, Resolved, installed, pull, recorded, remove, resolve
+from .store import (
+    Copy,
+    FileRecord,
+    Progress,
+    ProgressCallback,
+    cache_dir,
+    file_digest,
+    packed_dir,
+    spill_dir,
+)
 
 __all__ = [
-    "CATALOGUE", "Entry", "Installed", "Progress", "ProgressCallback", "Resolved",
-    "cache_dir", "installed", "packed_dir", "pull", "remove", "resolve", "spill_dir",
+    "CATALOGUE", "Copy", "Entry", "FileRecord", "Installed", "Progress", "ProgressCallback",
+    "Resolved", "cache_dir", "file_digest", "installed", "packed_dir", "pull", "recorded",
+    "remove", "resolve", "spill_dir",
 ]  # fmt: skip

@@ -74,6 +74,19 @@ def installed() -> list[Installed]:
     return [models[name] for name in sorted(models)]
 
 
+def recorded(name_or_path: str) -> Copy | None:
+    """What is known of a finished download, by a model's name or by what of it is loaded: also of
+    one whose files have changed since. An existing path wins."""
+    path = Path(name_or_path).expanduser()
+    copies = [copy for copy, finished in records() if finished]
+    if name_or_path and path.exists():
+        real = path.resolve()
+        return next((c for c in copies if c.path.exists() and c.path.resolve() == real), None)
+    entry = CATALOGUE.get(name_or_path)
+    names = (name_or_path, entry.repository if entry else name_or_path)
+    return next((copy for copy in copies if copy.name in names), None)
+
+
 def remove(name: str) -> int:
     """Delete a model's files and its record, and return the bytes freed. Files that another model
     of the same repository needs stay, and so does what a package brought.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import DISK_FULL, DownloadError
 
@@ -142,7 +142,14 @@ def verify(path: Path, record: FileRecord, reporter: Reporter) -> FileRecord | N
     return replace(record, mtime_ns=mtime_ns)
 
 
-def file_digest(path: Path, like: str, reporter: Reporter) -> str:
+class Counting(Protocol):
+    """Is told how many bytes of a file were read."""
+
+    def at(self, bytes_of_file: int, /) -> None:
+        """So many."""
+
+
+def file_digest(path: Path, like: str, reporter: Counting) -> str:
     """The hash of a file, of the kind that `like` is (`sha256:…` or `git:…`)."""
     kind = like.partition(":")[0]
     digest = hashlib.sha256()

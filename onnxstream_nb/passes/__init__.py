@@ -23,6 +23,7 @@ from onnxstream_nb.passes import (
     grouped,
     heads,
     identity,
+    integer_products,
     layer_norm,
     past,
     quantised,
@@ -36,20 +37,21 @@ from onnxstream_nb.passes import (
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
 from onnxstream_nb.passes.logit_rows import LOGIT_ROWS, rewrite_logit_rows
+from onnxstream_nb.passes.unpadded import rewrite_unpadded
+from onnxstream_nb.passes.windows import rewrite_windows
 
 __all__ = [
     "LOGIT_ROWS", "CachePair", "clean", "find_cache", "optimize", "rewrite_logit_rows",
-    "with_quantised_weights",
+    "rewrite_unpadded", "rewrite_windows", "with_quantised_weights",
 ]  # fmt: skip
 
 _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite, layer_norm.rewrite,
-    rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary, attention.rewrite,
-    grouped.rewrite, past.rewrite,
-    heads.rewrite_attention, swish.rewrite,
+    integer_products.rewrite, quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite,
+    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
+    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 
@@ -66,7 +68,8 @@ def clean(graph: Graph, read: Read) -> Graph:
 
 def with_quantised_weights(graph: Graph) -> Graph:
     """The graph with every stored matrix as one weight: to count what its weights are."""
-    for step in (constants.rewrite_views, quantised.rewrite, tables.rewrite):
+    steps = constants.rewrite_views, integer_products.rewrite, quantised.rewrite, tables.rewrite
+    for step in steps:
         graph = step(graph, _unread)
     return graph
 

@@ -1,7 +1,7 @@
 """Raising a graph to a newer opset, so that a newer operator may stand in it.
 
 Most versions of an operator only widen its types. The others are listed here: how to convert a
-node, or that it cannot be. Source: the ONNX operator changelog, opsets 11 to 24.
+node, or that it cannot be. Source: the ONNX operator changelog, opsets 11 to 25.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxstream_nb.graph import Graph, Node, WeightRef
 
-OLDEST, NEWEST = 11, 24
+OLDEST, NEWEST = 11, 25
 
 Constant = tuple[str, tuple[int, ...]]
 Converted = tuple[Node, tuple[Constant, ...]]

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,6 +50,9 @@ _QWEN_2 = PreTokenizer(_WORDS + r"|\p{N}" + _TAIL, normalize=True)
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "default": PreTokenizer(),
     "gpt-2": PreTokenizer(),
+    "phi-2": PreTokenizer(),
+    "dbrx": PreTokenizer(_LLAMA_3.pattern),
+    "gpt-4o": PreTokenizer(_O200K),
     "smollm": PreTokenizer(single_digits=True),
     "llama-bpe": _LLAMA_3,
     "llama3": _LLAMA_3,
@@ -53,6 +62,9 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "tekken": PreTokenizer(_TEKKEN, whole_words=True),
 }
 """tokenizer.ggml.pre -> how that model's tokenizer cuts text."""
+
+_TURNS = frozenset({"<start_of_turn>", "<end_of_turn>"})
+"""Gemma's, which some files call user defined: no text of a message is to become them."""
 
 
 def load_gguf(path: Path) -> Tokenizer:
@@ -133,6 +145,7 @@ def _sentencepiece(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     scores = metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(texts):
         raise ModelError(f"{where}: tokenizer.ggml.scores should hold {len(texts)} numbers")
+    types = [PieceType.CONTROL if t in _TURNS else k for t, k in zip(texts, types, strict=True)]
     pieces = [Piece(*row) for row in zip(texts, map(float, scores), types, strict=True)]
     return from_pieces(
         pieces,

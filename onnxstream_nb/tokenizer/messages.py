@@ -50,7 +50,22 @@ def _render(
     variables = {"messages": safe, "add_generation_prompt": add_generation_prompt, "tools": None}
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     texts = {name: tokenizer.token_text(token) for name, token in named.items()}
-    return render(template, **variables, **texts), stand_ins
+    try:
+        return render(template, **variables, **texts), stand_ins
+    except ModelError:
+        folded = _folded(safe)
+        if folded is None:
+            raise
+        return render(template, **{**variables, "messages": folded}, **texts), stand_ins
+
+
+def _folded(messages: list[dict[str, str]]) -> list[dict[str, str]] | None:
+    """The system message put before the user's first text, for models that know no such role
+    (Gemma's template refuses it); None where there is none."""
+    if [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return None
+    first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
 
 
 def _built_in(tokenizer: Tokenizer) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 END_OF_TURN = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|endoftext|>", "<end_of_turn>",
-    "<｜end▁of▁sentence｜>",
+    "<|end|>", "<｜end▁of▁sentence｜>",
 )  # fmt: skip
 """Special tokens that end a reply wherever a vocabulary has them, declared as such or not."""
 
