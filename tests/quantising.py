@@ -58,12 +58,12 @@ def by_us(graph: Graph, feeds: dict[str, Array], output: str) -> Array:
 
 
 def agreed(draft: Draft, feeds: dict[str, Array], output: str) -> Array:
-    """What the written draft computes here, when onnxruntime computes the same: to 1e-4, since
-    activations meet panels of integers in 15 bits."""
+    """What the written draft computes here, when onnxruntime computes the same: to 5e-4, since
+    each layer's activations meet panels of integers in 15 bits."""
     model = model_of(draft)
     ours = by_us(read_bytes(model.SerializeToString()), feeds, output)
     theirs = by_onnxruntime(model, feeds, output)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, rtol=5e-4, atol=5e-4 * np.abs(theirs).max())
     return ours
 
 

@@ -135,6 +135,19 @@ def without_state(folder: Path) -> None:
     transformers.MambaForCausalLM(config).save_pretrained(folder)
 
 
+def hybrid(folder: Path) -> None:
+    """A model whose layers need a cache of two kinds."""
+    import transformers
+
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_experts=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_experts_per_tok=1, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 @needs_torch
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -143,6 +156,7 @@ def without_state(folder: Path) -> None:
         (unknown, "riddle"),
         (without_config, "no config.json; give a Hugging Face folder"),
         (without_state, "its state between tokens is not keys and values of each layer"),
+        (hybrid, "its state between tokens is not keys and values of each layer"),
     ],
 )
 def test_bad_folders(

@@ -34,6 +34,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from onnxstream_nb.cli.main import main
 from onnxstream_nb.convert.activations import seen
 from onnxstream_nb.convert.draft import Draft
 from onnxstream_nb.convert.integer import StaticProducts, prepared, with_rounded_activations
@@ -368,6 +369,24 @@ def test_an_opset_that_cannot_be_raised_is_told(feeds: Path) -> None:
         assert "opset 11 cannot be raised to 13" in str(error)
     else:  # the dropout was folded away
         assert not kinds(found)["Dropout"]
+
+
+def test_the_command_writes_a_model_that_runs(
+    model: onnx.ModelProto, exact: Array, feeds: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, out = saved(model, tmp_path / "net.onnx"), tmp_path / "out.onnx"
+    ranges = tmp_path / "range_data.txt"
+    command = ["quantize", str(source), "-o", str(out), "--overwrite", "--method"]
+    more = ["static", "--range-data", str(ranges)]
+    assert main([*command, *more, "--calibration", str(feeds), "--percentile", "99.9"]) == 0
+    assert ranges.is_file()
+    for given in (more, ["dynamic", "--asymmetric"]):
+        assert main([*command, *given]) == 0
+        assert snr(exact, theirs(onnx.load(out), {"x": X})) > 20
+    capsys.readouterr()
+    assert main([*command, "static"]) == 2
+    assert "give --calibration" in capsys.readouterr().err
 
 
 def arrays_of(models: Iterable[onnx.ModelProto]) -> list[int]:

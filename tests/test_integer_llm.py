@@ -117,6 +117,16 @@ def test_the_head_can_be_kept(draft: Draft) -> None:
     assert kinds.count("MatMul") == 8 and kinds.count("MatMulInteger") == 7
 
 
+def test_kept_layers_are_stored_in_the_floats_asked_for(
+    draft: Draft,
+) -> None:
+    found = quantise(draft, options("static", keep=(("*ffn_down*", "fp16"),)), silent)
+    refs = found.graph.initializers
+    assert {r.encoding for n, r in refs.items() if "ffn_down" in n} == {"float16"}
+    assert not any(".int" in n for n in refs if "ffn_down" in n)
+    assert snr(exact(draft), ours(written(found), feeds(draft.graph))) > 20
+
+
 def test_calibration_of_a_language_model_is_checked(draft: Draft, tmp_path: Path) -> None:
     for asked, message in (
         (QuantiseOptions(method="static"), "give --calibration"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("dynamic", "static")
 _WEIGHTS_ONLY = ("block", "matmul_nbits", "scales", "plain")
-_CALIBRATING = ("awq", "gptq", "static")
+_CALIBRATING = ("awq", "gptq", "dynamic", "static")
 
 
 def quantize(options: Mapping[str, Any]) -> int:

@@ -133,19 +133,21 @@ def _empty_past(causal: Any, model: Any) -> list[Array]:
     import torch
     from transformers import DynamicCache
 
-    name = type(model).__name__
     ids = torch.ones((1, 2), dtype=torch.int64)
-    cache = DynamicCache()
-    with quiet(), torch.no_grad():
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    refused = (
+        f"{type(model).__name__}: its state between tokens is not keys and values of each layer, "
+        "which is what an exported language model carries from one token to the next"
+    )
+    try:
+        with quiet(), torch.no_grad():
+            out = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    except Exception as error:  # any: the model's own code, which may need a cache of its own kind
+        raise UnsupportedError(f"{refused} ({reason(error)})") from error
     layers = getattr(out.past_key_values, "layers", ()) if "past_key_values" in out else ()
     tensors = [getattr(layer, kind, None) for layer in layers for kind in ("keys", "values")]
     known = [t for t in tensors if t is not None and t.ndim == 4 and t.shape[2] == 2]
     if not known or len(known) != len(tensors):
-        raise UnsupportedError(
-            f"{name}: its state between tokens is not keys and values of each layer, which is "
-            "what an exported language model carries from one token to the next"
-        )
+        raise UnsupportedError(refused)
     return [np.zeros((1, t.shape[1], 0, t.shape[3]), np.float32) for t in known]
 
 

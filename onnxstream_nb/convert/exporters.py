@@ -150,6 +150,7 @@ def _opset14(subject: Subject) -> tuple[Graph, dict[str, Make]]:
 
 def _opset23(subject: Subject) -> tuple[Graph, dict[str, Make]]:
     """The exporter by torch.export, which knows Attention, RMSNormalization, RotaryEmbedding."""
+    import onnx_ir
     import torch
 
     given = [subject.axes.get(name, {}) for name in subject.names]
@@ -158,23 +159,25 @@ def _opset23(subject: Subject) -> tuple[Graph, dict[str, Make]]:
         program = torch.onnx.export(
             subject.module, subject.inputs, dynamo=True, opset_version=23, verbose=False,
             input_names=list(subject.names), output_names=list(subject.outputs),
-            dynamic_shapes=(sizes,),
+            dynamic_shapes=(sizes,), optimize=False,
         )  # fmt: skip
     assert program is not None
-    return _without_weights(program.model)
+    tensors = _taken_out(program.model.graph) if subject.large else {}
+    program.optimize()  # which would transpose every matrix, and give it a number for a name
+    tensors |= _taken_out(program.model.graph)
+    data = onnx_ir.serde.serialize_model(program.model).SerializeToString()
+    return formats.load_bytes(data), tensors
 
 
-def _without_weights(model: Any) -> tuple[Graph, dict[str, Make]]:
-    """The graph of an onnx_ir.Model whose large initializers became inputs, and their elements."""
-    import onnx_ir
-
+def _taken_out(graph: Any) -> dict[str, Make]:
+    """Make inputs of the large initializers of an onnx_ir.Graph: what gives their elements."""
     tensors: dict[str, Make] = {}
-    for name, value in list(model.graph.initializers.items()):
-        if value.const_value.nbytes > LIMIT:
+    for name, value in list(graph.initializers.items()):
+        if len(value.shape) > 1 or value.const_value.nbytes > LIMIT:
             tensors[name] = value.const_value.numpy
-            del model.graph.initializers[name]
-            model.graph.inputs.append(value)
-    return formats.load_bytes(onnx_ir.serde.serialize_model(model).SerializeToString()), tensors
+            del graph.initializers[name]
+            graph.inputs.append(value)
+    return tensors
 
 
 EXPORTERS: Mapping[str, Callable[[Subject], tuple[Graph, dict[str, Make]]]] = {

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,13 +26,12 @@ from .calibration import feeds_of_text
 from .draft import Draft
 from .feeds import feeds_of_files
 from .integer_dynamic import DynamicProducts
+from .integer_forms import Written, write_floats
 from .integer_weights import Constant, Constants, Keep, Stored
 from .matrices import find
+from .quantise import FLOATS, QuantiseOptions
 from .ranges import Range, by_value, format_ranges, read_ranges
 from .smooth import smoothed
-
-if TYPE_CHECKING:
-    from .quantise import QuantiseOptions
 
 Array = np.ndarray[Any, Any]
 
@@ -53,7 +52,8 @@ def dynamic(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
     step = DynamicProducts(draft, kept_by(draft, options.keep), options.asymmetric)
     for node in draft.graph.nodes:
         step.visit(node)
-    return _finished(draft, step.stored, _DYNAMIC_OPSET, report)
+    done = _finished(draft, step.stored, _DYNAMIC_OPSET, report)
+    return with_kept_floats(done, options.keep)
 
 
 def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
@@ -77,7 +77,8 @@ def static(draft: Draft, options: QuantiseOptions, report: Report) -> Draft:
         ranges = seen(draft, values, feeds, clipped, report)
     else:
         ranges = _known(draft, values, _range_data(draft, options, options.range_data, report))
-    return with_rounded_activations(draft, step, ranges, report)
+    done = with_rounded_activations(draft, step, ranges, report)
+    return with_kept_floats(done, options.keep)
 
 
 def with_rounded_activations(
@@ -153,6 +154,17 @@ def kept_by(draft: Draft, keep: tuple[tuple[str, str], ...]) -> Keep:
         return False
 
     return is_kept
+
+
+def with_kept_floats(draft: Draft, keep: tuple[tuple[str, str], ...]) -> Draft:
+    """The draft with matrices that stay in floats marked to be stored as those asked for."""
+    written = Written()
+    for matrix in find(draft):
+        matching = (d for p, d in keep if any(fnmatchcase(name, p) for name in matrix.names))
+        dtype = FLOATS.get(next(matching, ""), "")
+        if dtype and not matrix.alias and matrix.ref.dtype == "float32":
+            write_floats(written, draft, matrix, dtype)
+    return written.finish(draft)
 
 
 class StaticProducts:

@@ -20,9 +20,11 @@ Array = np.ndarray[Any, Any]
 
 FLOAT_TYPES = ("float32", "float16", "bfloat16")
 _PLAIN_GEMM = {"transA": 0, "alpha": 1.0, "beta": 1.0}
-_ALIKE = frozenset({"Cast", "Tanh", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
+_ALIKE = frozenset({
+    "Cast", "Tanh", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Transpose", "Expand",
+})  # fmt: skip
 _ATTENTION = ("Attention", "")
-_WITH_ANOTHER = frozenset({"Add", "Mul", "Div", "Sub"})
+_WITH_OTHERS = frozenset({"Add", "Mul", "Div", "Sub", "Concat"})
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,6 @@ def _leading_to(graph: Graph, outputs: Iterable[str]) -> list[Node]:
             found.append(node)
         elif node.op_type in _ALIKE:
             values.append(node.inputs[0])
-        elif node.op_type in _WITH_ANOTHER:
+        elif node.op_type in _WITH_OTHERS:
             values += [name for name in node.inputs if name not in graph.initializers]
     return found

@@ -2,12 +2,14 @@
 
 An element is (q - zero_point) * scale. The range is the weight's own without the 0.1 % at each end
 (what lies outside is clipped), and holds zero; q is cut off rather than rounded, so an element is
-off by up to one step.
+off by up to one step. Diffusion models, which it was made for, bear that. Language models speak
+nonsense then: their matrices get the same form, rounded to nearest, and nothing is clipped.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -56,6 +58,20 @@ def exported(weight: Array) -> Uint8 | None:
     return Uint8(q, scale, zero)
 
 
+def nearest(weight: Array) -> Uint8 | None:
+    """Integers of the same form over the whole range, with zero in it, rounded to nearest; None
+    where `exported` gives none for lack of a range."""
+    finite = weight[np.isfinite(weight)]
+    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
+    scale = (high - low) / 255.0
+    if not np.float32(scale):
+        return None
+    zero = round(-low / scale)
+    with np.errstate(all="ignore"):
+        q = np.clip(np.rint(weight / np.float32(scale)) + np.float32(zero), 0, 255)
+        return Uint8(q.astype(np.uint8), scale, zero)
+
+
 def _range(weight: Array) -> tuple[float, float] | None:
     finite = weight[np.isfinite(weight)]
     n = len(finite)
@@ -93,19 +109,22 @@ def as_floats(graph: Graph) -> set[str]:
 
 
 def uint8_weights(draft: Draft, report: Report) -> Draft:
-    """The draft with every weight that OnnxStream's exporter quantises as an encoding "uint8".
+    """The draft with every weight that OnnxStream's exporter quantises as an encoding "uint8"; of a
+    language model the matrices.
 
     Scales are found here, so every weight is read once; its elements, as the integers stand for
     them, are made when they are read. `integers` gives the bytes of a weight's file.
     """
     refs, made = dict(draft.graph.initializers), dict[str, Make]()
-    wanted = [name for name in refs if name not in as_floats(draft.graph)]
+    quantise = nearest if find_cache(draft.graph) else exported
+    kept = as_floats(draft.graph)
+    wanted = [name for name in refs if name not in kept]
     for number, name in enumerate(wanted):
         report(f"quantising {name}", number / len(wanted))
-        found = exported(draft.read(refs[name]))
+        found = quantise(draft.read(refs[name]))
         if found is not None:
             original, ref = refs[name], _uint8_ref(refs[name], found)
-            refs[name], made[name] = ref, _maker(draft, original)
+            refs[name], made[name] = ref, _maker(draft, original, quantise)
     report("quantised", 1.0)
     return draft.with_(draft.graph.with_(initializers=refs), made)
 
@@ -117,9 +136,9 @@ def _uint8_ref(ref: WeightRef, found: Uint8) -> WeightRef:
     )  # fmt: skip
 
 
-def _maker(draft: Draft, original: WeightRef) -> Make:
+def _maker(draft: Draft, original: WeightRef, quantise: Callable[[Array], Uint8 | None]) -> Make:
     def make() -> Array:
-        found = exported(draft.read(original))
+        found = quantise(draft.read(original))
         assert found is not None, original.name
         return found.values.reshape(original.shape)
 
