@@ -70,13 +70,18 @@ def _limits(rewriter: Rewriter, node: Node) -> int | None:
         return None
     if len(node.inputs) != 6 or not all(node.inputs[3:]):
         return None
-    condition = _allowed(rewriter, node.inputs[3])
     held, new = (rewriter.facts.shape(node.inputs[i]) for i in (4, 0))
-    if condition is None or held is None or new is None or len(held) != 4:
+    if held is None or new is None or len(held) != 4:
+        return None
+    mask, past = _without_padding(rewriter, node.inputs[3]), held[2]
+    square = _behind_zeros(rewriter, mask, new[-2], past)
+    mask, past = (square, 0) if square else (mask, past)
+    condition = _allowed(rewriter, mask)
+    if condition is None:
         return None
     causal, window = False, 0
     for part in _parts(rewriter, condition):
-        bound = _bound(rewriter, part, held[2], new[-2])
+        bound = _bound(rewriter, part, past, new[-2])
         if bound is None:
             return None
         is_lower, distance = bound
@@ -89,20 +94,44 @@ def _limits(rewriter: Rewriter, node: Node) -> int | None:
     return window if causal else None
 
 
-def _allowed(rewriter: Rewriter, mask: str) -> str | None:
-    """The boolean that says what a mask leaves, once additive padding is taken off it."""
+def _without_padding(rewriter: Rewriter, mask: str) -> str:
+    """An additive mask without the term that hides what is padded."""
     total = rewriter.made_by(mask, "Add")
-    if total is not None:
-        kept = [i for i in total.inputs if not _is_zero(rewriter, i)]
-        mask = kept[0] if len(kept) == 1 else mask
+    kept = [i for i in total.inputs if not _is_zero(rewriter, i)] if total else []
+    return kept[0] if len(kept) == 1 else mask
+
+
+def _behind_zeros(rewriter: Rewriter, mask: str, tokens: Size, past: Size) -> str:
+    """The mask (T, T) of the new tokens, where zeros (T, P) stand before it; "" elsewhere."""
+    inner = rewriter.made_by(mask, "Unsqueeze")
+    joined = rewriter.made_by(inner.inputs[0] if inner else mask, "Concat")
+    if joined is None or len(joined.inputs) != 2 or joined.attributes["axis"] not in (-1, 1):
+        return ""
+    zeros, square = joined.inputs
+    shapes = [rewriter.facts.shape(i) for i in joined.inputs]
+    fits = shapes == [(tokens, past), (tokens, tokens)]
+    return square if fits and _filling(rewriter, zeros) == 0 else ""
+
+
+def _filling(rewriter: Rewriter, value: str) -> float | None:
+    """The one number of which a value has nothing but copies."""
+    node = rewriter.made_by(value, "ConstantOfShape")
+    if node is None:
+        return rewriter.scalar(value)
+    number = node.attributes.get("value")
+    return 0.0 if number is None else float(number.item())
+
+
+def _allowed(rewriter: Rewriter, mask: str) -> str | None:
+    """The boolean that says what a mask leaves."""
     if rewriter.facts.dtype(mask) == "bool":
         return mask
     where = rewriter.made_by(mask, "Where")
     if where is None:
         return None
     condition, yes, no = where.inputs
-    hidden = rewriter.scalar(no)
-    hides = rewriter.scalar(yes) == 0 and hidden is not None and hidden <= HIDDEN
+    hidden = _filling(rewriter, no)
+    hides = _filling(rewriter, yes) == 0 and hidden is not None and hidden <= HIDDEN
     return condition if hides else None
 
 
@@ -116,13 +145,18 @@ def _is_one(rewriter: Rewriter, value: str) -> bool:
 
 
 def _is_zero(rewriter: Rewriter, value: str) -> bool:
-    """Whether it is all zeros when attention_mask is ones: (1 - attention_mask) times a number."""
-    product = rewriter.made_by(value, "Mul")
-    rest = [i for i in product.inputs if rewriter.scalar(i) is None] if product else []
-    difference = rewriter.made_by(rest[0], "Sub") if len(rest) == 1 else None
-    if difference is None or rewriter.scalar(difference.inputs[0]) != 1:
+    """Whether it is all zeros, or false, when attention_mask is ones: made of 1 - that."""
+    node = rewriter.producer.get(value)
+    if node is None or node.domain:
         return False
-    return _is_one(rewriter, difference.inputs[1])
+    if node.op_type == "Sub":
+        return rewriter.scalar(node.inputs[0]) == 1 and _is_one(rewriter, node.inputs[1])
+    if node.op_type == "Mul":
+        zeros = [i for i in node.inputs if rewriter.scalar(i) is None]
+        return len(zeros) == 1 and _is_zero(rewriter, zeros[0])
+    if node.op_type == "Where":
+        return all(_is_zero(rewriter, node.inputs[i]) for i in (0, 2))
+    return node.op_type in _MOVES and _is_zero(rewriter, node.inputs[0])
 
 
 def _parts(rewriter: Rewriter, condition: str) -> Iterator[Node | None]:
@@ -148,7 +182,8 @@ def _bound(
     if not (_runs_along(rewriter, node.inputs[0], 1) and _runs_along(rewriter, node.inputs[1], 2)):
         return None
     whole = rewriter.facts.shape(PADDING)
-    if keys.length not in [past + tokens, *(whole[-1:] if whole is not None else ())]:
+    others = whole[-1:] if whole is not None and past != 0 else ()
+    if keys.length not in [past + tokens, *others]:
         return None
     is_lower, exclusive = _COMPARISONS[node.op_type]
     shift = limits.offset + exclusive - keys.offset - past
@@ -165,10 +200,10 @@ def _runs_along(rewriter: Rewriter, value: str, axis: int) -> bool:
 
 def _line(rewriter: Rewriter, value: str) -> _Line | None:
     """A Range, what additions make of one, along whichever axis."""
-    node = rewriter.made_by(value, "Range", "Add", "Sub", "Unsqueeze")
+    node = rewriter.made_by(value, "Range", "Add", "Sub", "Unsqueeze", "Reshape")
     if node is None:
         return None
-    if node.op_type == "Unsqueeze":
+    if node.op_type in ("Unsqueeze", "Reshape"):  # which axis it is along, `_runs_along` sees
         return _line(rewriter, node.inputs[0])
     if node.op_type == "Range":
         start, limit, step = (_number(rewriter, i) for i in node.inputs)
