@@ -157,9 +157,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         fill(tmp_path / "out")
 
 
-def test_errors_of_other_files_stay_what_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "out-of-here/tokenizer.json", "out.gguf"])
+def test_errors_of_other_files_stay_what_they_are(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), output_folder(tmp_path / "out") as folder:
-        folder.copy(tmp_path / "tokenizer.json")
+        folder.copy(tmp_path / name)
     assert names(tmp_path) == []
 
 

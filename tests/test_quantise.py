@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from llama_fixtures import write_gguf
+from llama_oracle import Tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import make, value
 from quantising import agreed, distance, quantised
 
+from onnxstream_nb.convert.convert import convert
 from onnxstream_nb.convert.draft import Draft
 from onnxstream_nb.convert.matrices import find
 from onnxstream_nb.convert.quantise import QuantiseOptions
@@ -311,3 +316,12 @@ def test_rows_are_rounded_some_at_a_time(transposed: bool, tmp_path: Any, monkey
     monkeypatch.setattr(elements, "PIECE", 40 * 7)
     for name, make_it in quantised(draft, asymmetric=True).made.items():
         np.testing.assert_array_equal(make_it(), whole[name])
+
+
+def test_what_is_quantised_already_is_refused(tmp_path: Path) -> None:
+    """The scales of a tied table are floats whose rows are looked up, and yet no table."""
+    write_gguf(tmp_path / "m.gguf", Tiny(tied=True), "F32")
+    step = partial(quantised, method="rtn")
+    convert(tmp_path / "m.gguf", tmp_path / "once", steps=(step,))
+    with pytest.raises(UnsupportedError, match="quantised already"):
+        convert(tmp_path / "once", tmp_path / "twice", steps=(step,))

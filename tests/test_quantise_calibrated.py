@@ -264,6 +264,8 @@ def test_the_verb_writes_what_the_step_makes(
     [
         (["--method", "awq"], "--calibration"),
         (["--calibration", "x.txt"], "rtn is not calibrated"),
+        (["--tokens", "64"], "rtn is not calibrated: leave out --tokens"),
+        (["--percentile", "99"], "--percentile is for --method static, not for rtn"),
         (["--method", "gptq", "--calibration", "no/such.txt"], "--calibration no/such.txt"),
         (["--method", "dynamic", "--block", "64"], "--block"),
         (["--method", "static", "--dtype", "int4"], "int4"),

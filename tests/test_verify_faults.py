@@ -415,6 +415,19 @@ def test_outputs_that_overflow(tmp_path: Path, capsys: Capture) -> None:
     assert finding["detail"] == "of x [1, 20, 20, 3] it computes numbers that are not finite"
 
 
+def test_a_sample_that_is_too_small(tmp_path: Path, capsys: Capture) -> None:
+    """The model is whole: it is its open sizes that were guessed."""
+    pool = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[4, 4])
+    x, y = value("x", shape=(1, 3, "height", "width")), value("y", shape=(1, 3, "h", "w"))
+    path = saved(make([pool], [x], [y]), tmp_path / "m.onnx")
+    finding = only_failure(path, capsys)
+    assert finding["detail"].startswith("of x [1, 3, 1, 1]: ")
+    assert "--size 64" in finding["remedy"]
+    finding = only_failure(path, capsys, "--size", "2")
+    assert "--size" not in finding["remedy"]
+    assert states(verify(path, capsys, "--size", "8"))["forward"] == "ok"
+
+
 def test_a_cache_that_is_not_read(tmp_path: Path, capsys: Capture) -> None:
     """Logits depend on what is new alone: of a token, not on those before it."""
     rng = np.random.default_rng(0)

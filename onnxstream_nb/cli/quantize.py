@@ -51,10 +51,13 @@ def _check_flags(options: Mapping[str, Any]) -> None:
             raise UsageError(f"--{flag} is for weights alone, and --method {method} has none of it")
     if method in ACTIVATIONS and options["dtype"] == "int4":
         raise UsageError(f"--method {method} has 8 bits: leave out --dtype int4")
-    if method not in _CALIBRATING and options["calibration"]:
-        raise UsageError(f"--method {method} is not calibrated: leave out --calibration")
-    if method not in ("static",) and options["range_data"]:
-        raise UsageError(f"--range-data is for --method static, not for {method}")
+    for name in ("calibration", "tokens") if method not in _CALIBRATING else ():
+        if options[name] is not None:
+            raise UsageError(f"--method {method} is not calibrated: leave out --{name}")
+    for name in ("range_data", "percentile") if method != "static" else ():
+        if options[name] is not None:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is for --method static, not for {method}")
 
 
 def asked_for(options: Mapping[str, Any], model: Path) -> QuantiseOptions:

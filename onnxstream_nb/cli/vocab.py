@@ -12,7 +12,7 @@ def vocab(options: Mapping[str, Any]) -> int:
     from ..convert.vocabulary import convert_vocabulary
     from ..errors import UsageError
 
-    source, out = Path(options["model"]), Path(options["out"])
+    source, out = (Path(options[name]).expanduser() for name in ("model", "out"))
     if not source.exists():
         raise UsageError(f"{source} does not exist: name a vocabulary, a GGUF or a model's folder")
     tokens = convert_vocabulary(source, out, overwrite=options["overwrite"])

@@ -44,6 +44,14 @@ def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
                 folder.copy(place / name)
 
 
+def left_behind(source: Path, graph: Graph, out: Path) -> str:
+    """A remark where a language model becomes one file, and its tokenizer is not beside that."""
+    found = _found(source) if _reads_text(graph) else None
+    if found is None or found.resolve().parent == out.resolve().parent:
+        return ""
+    return "one file holds no tokenizer: put the source's beside it, or name a folder as the output"
+
+
 def text_vocabulary(source: Path, graph: Graph, folder: OutputFolder) -> str:
     """Put OnnxStream's vocab.txt into a language model's folder, where the vocabulary has that
     form; else a remark that says why not."""

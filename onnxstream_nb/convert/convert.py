@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..formats import onnx_folder
+from ..formats.onnx_write import all_weights
 from ..graph import Graph
 from ..progress import Report
 from . import carry, floats, ties, uint8
@@ -78,7 +79,7 @@ def convert(
             note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
-            note = _integers(draft.graph) if dtype else ""
+            note = _remarks(source, draft.graph, out, dtype)
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
@@ -101,12 +102,19 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
     if _is_file(out):
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16", UINT8):
-        raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16, or int8; give one")
+        flag = next((flag for flag, name in FLOATS.items() if name == dtype), dtype)
+        raise UsageError(f"--dtype {flag}: OnnxStream stores fp32 or fp16, or int8; give one")
 
 
 def _stored(graph: Graph) -> int:
-    """Bytes of all weights as their files have them; tied ones count once."""
-    return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
+    """Bytes of all weights as their files have them, also in bodies; tied ones count once."""
+    return sum({ref.key: ref.nbytes for ref in all_weights(graph)}.values())
+
+
+def _remarks(source: Path, graph: Graph, out: Path, dtype: str | None) -> str:
+    """What is not as one may expect of an ONNX model that was asked for; "" for nothing."""
+    left = carry.left_behind(source, graph, out) if _is_file(out) else ""
+    return "; ".join(filter(None, [left, _integers(graph) if dtype else ""]))
 
 
 def _integers(graph: Graph) -> str:

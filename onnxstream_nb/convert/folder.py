@@ -219,10 +219,15 @@ def _output_error(out: Path, folder: OutputFolder | None, error: OSError) -> Exc
             f"{format_size(disk_free(out.parent))} free; free some, or name an output on another "
             "disk; nothing was left there"
         )
-    mine = (str(out), str(out.with_name(f".{out.name}.")))
-    if error.filename is not None and not str(error.filename).startswith(mine):
+    if error.filename is not None and not _is_ours(Path(os.path.abspath(error.filename)), out):
         return error
     return OutputError(
         f"{out} cannot be written ({error.strerror or error}); name an output in a folder that "
         "you may write to"
     )
+
+
+def _is_ours(path: Path, out: Path) -> bool:
+    """Whether a path is the output, one of those that stand for it meanwhile, or in one of them."""
+    first = path.relative_to(out.parent).parts[:1] if path.is_relative_to(out.parent) else ()
+    return path == out.parent or any(p == out.name or p.startswith(f".{out.name}.") for p in first)

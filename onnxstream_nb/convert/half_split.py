@@ -57,9 +57,9 @@ def _rotation(rewriter: Rewriter, value: str) -> tuple[Node, list[str]] | None:
     weights.append(product.inputs[1])
     if not all(_is_ours(rewriter, name) for name in (*private, *weights)):
         return None
-    width = rewriter.graph.initializers[weights[-1]].shape[-1:]
-    known = [rewriter.graph.initializers[w].shape[-1:] for w in weights]
-    return (rotary, weights) if all(shape == width for shape in known) else None
+    known = [rewriter.graph.initializers.get(name) for name in weights]
+    widths = {None if ref is None else ref.shape[-1:] for ref in known}
+    return (rotary, weights) if len(widths) == 1 and None not in widths else None
 
 
 def _is_ours(rewriter: Rewriter, name: str) -> bool:

@@ -204,8 +204,9 @@ class Stored:
         key = object()
 
         def compute() -> Integers:
+            elements = np.asarray(weight.make(), np.float32)
             try:
-                return quantise(np.asarray(weight.make(), np.float32))
+                return quantise(elements)
             except ValueError as e:
                 raise ModelError(
                     f"weight {weight.ref.name!r} cannot be quantised: it holds infinities or NaN"

@@ -138,7 +138,7 @@ class _Finder:
         lookups: list[Node] = []
         ways: set[bool] = set()
         for node in self.uses[name]:
-            if _is_lookup(node, name):
+            if _is_lookup(node, name) and not self._scales(node.outputs[0]):
                 lookups.append(node)
                 ways.add(True)
                 continue
@@ -150,6 +150,15 @@ class _Finder:
         if len(ways) != 1:
             return None
         return Matrix(ref, ways.pop(), tuple(products), tuple(lookups))
+
+    def _scales(self, value: str) -> bool:
+        """Whether a value, or what a Cast makes of it, is the scale of integers."""
+        return any(
+            node.inputs[1] == value
+            if node.op_type == "DequantizeLinear"
+            else node.op_type == "Cast" and self._scales(node.outputs[0])
+            for node in self.uses.get(value, ())
+        )
 
     def _multiplied(self, node: Node, name: str) -> list[tuple[Node, bool]]:
         """The products by what `node` reads as `name`, and whether it holds rows (N, K)."""

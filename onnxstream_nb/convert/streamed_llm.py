@@ -31,6 +31,7 @@ def streamed(draft: Draft) -> Draft:
 
     A graph that has no cache is only decomposed, see `decompose` for what that refuses.
     """
+    draft = draft.with_(passes.with_quantised_weights(draft.graph))
     pairs = find_cache(draft.graph)
     if not pairs:
         return tied_once(decompose(draft))

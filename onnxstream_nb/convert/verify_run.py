@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import passes
-from ..errors import UnsupportedError, UsageError
+from ..errors import ShapeError, UnsupportedError, UsageError
 from ..graph import Graph, Value
 from ..llm import LanguageModel
 from ..progress import Report
@@ -115,8 +115,12 @@ def _sample(
     feeds = {value.name: sample(value, sizes) for value in graph.inputs}
     with Session(graph, optimize=False, progress=report, **holding) as session:
         report("running the model on a sample", None)
-        results = session.run(feeds)
         given = ", ".join(f"{name} {list(feed.shape)}" for name, feed in feeds.items())
+        try:
+            results = session.run(feeds)
+        except ShapeError as error:
+            yield failed("forward", f"of {given}: {error}", remedy=_wrong_size(graph, sizes))
+            return
         for name, result in results.items():
             if _has_odd(result):
                 detail = f"of {given} it computes numbers that are not finite"
@@ -126,6 +130,14 @@ def _sample(
         report("running it once more", None)
         again = session.run(feeds)
         yield _told_twice(all(_same(results[name], again[name]) for name in results), detail)
+
+
+def _wrong_size(graph: Graph, sizes: Mapping[str, int]) -> str:
+    """What to do about a sample that does not fit: its open sizes may have been too small."""
+    names = {d or "" for v in graph.inputs for d in v.shape or () if not isinstance(d, int)}
+    if "" in sizes or names <= sizes.keys():
+        return _WEIGHTS
+    return "open sizes were taken to be 1; give one that the model is made for, as in --size 64"
 
 
 def sample(value: Value, sizes: Mapping[str, int]) -> Array:

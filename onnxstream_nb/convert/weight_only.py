@@ -107,7 +107,7 @@ def _plan(draft: Draft, options: QuantiseOptions) -> Plan:
     if not grids:
         raise UnsupportedError(
             "the graph has no matrix of floats that could be quantised: it is quantised already, "
-            "or --keep keeps all of them"
+            "or --keep keeps all of them; convolutions are for --method dynamic or static"
         )
     return Plan(draft, matrices, grids, floats, options.search)
 
