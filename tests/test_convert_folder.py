@@ -83,6 +83,13 @@ def test_overwriting_deletes_no_folder_of_another_kind(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "letters").read_text() == "dear"
 
 
+def test_overwriting_deletes_no_file_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("dear")
+    with pytest.raises(UsageError, match=r"letters: --overwrite.*a file"):
+        fill(tmp_path / "letters", overwrite=True)
+    assert (tmp_path / "letters").read_text() == "dear"
+
+
 def test_links(tmp_path: Path) -> None:
     """A link counts as an output that exists, even one to nowhere; what it leads to is kept."""
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")

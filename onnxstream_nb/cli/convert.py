@@ -24,8 +24,9 @@ def convert(options: Mapping[str, Any]) -> int:
     """Write a model in another format or type, and print what was written."""
     _check_flags(options)
     from .. import hub, ui
-    from ..convert.convert import FLOATS, UINT8
+    from ..convert.convert import UINT8
     from ..convert.convert import convert as run
+    from ..convert.draft import FLOATS
     from ..convert.folder import check_out
 
     out = Path(options["out"]).expanduser()

@@ -13,14 +13,12 @@ from ..formats.onnx_write import all_weights
 from ..graph import Graph
 from ..progress import Report
 from . import carry, floats, ties, uint8
-from .draft import Draft
-from .folder import OutputFolder, check_out, output_folder
+from .draft import FLOATS, Draft
+from .folder import OutputFolder, check_out, is_file, output_folder
 from .source import read
 
 Step = Callable[[Draft], Draft]
 
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""--dtype -> the element type of stored floats."""
 UINT8 = "uint8"
 """--dtype int8 in an OnnxStream folder: all weights as its exporter rounds them."""
 KINDS = ("onnx", "onnxstream")
@@ -71,7 +69,7 @@ def convert(
     source_bytes = _stored(draft.graph)
     for step in steps:
         draft = step(draft)
-    single, note = onnx_folder.MODEL if _is_file(out) else "", ""
+    single, note = onnx_folder.MODEL if is_file(out) else "", ""
     with output_folder(out, overwrite=overwrite, single=single, source=source) as folder:
         if not single:
             carry.tokenizer(source, draft.graph, folder)
@@ -88,10 +86,6 @@ def convert(
     return Written(out, to, sizes, weights, source_bytes, seconds, note)
 
 
-def _is_file(out: Path) -> bool:
-    return out.suffix.lower() == ".onnx"
-
-
 def _check_form(out: Path, to: str, dtype: str | None) -> None:
     if to not in KINDS:
         raise UsageError(f"--to {to}: it is one of {', '.join(KINDS)}")
@@ -99,7 +93,7 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
         if dtype == UINT8:
             raise UsageError("uint8 is a form of weights in OnnxStream's folders alone")
         return
-    if _is_file(out):
+    if is_file(out):
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16", UINT8):
         flag = next((flag for flag, name in FLOATS.items() if name == dtype), dtype)
@@ -113,7 +107,7 @@ def _stored(graph: Graph) -> int:
 
 def _remarks(source: Path, graph: Graph, out: Path, dtype: str | None) -> str:
     """What is not as one may expect of an ONNX model that was asked for; "" for nothing."""
-    left = carry.left_behind(source, graph, out) if _is_file(out) else ""
+    left = carry.left_behind(source, graph, out) if is_file(out) else ""
     return "; ".join(filter(None, [left, _integers(graph) if dtype else ""]))
 
 

@@ -18,11 +18,11 @@ from ..formats.onnx_folder import MODEL, write_file, write_folder
 from ..progress import Report
 from . import carry, causal, module
 from .compared import Difference, difference
-from .convert import FLOATS, in_order
-from .draft import Draft
+from .convert import in_order
+from .draft import FLOATS, Draft
 from .exporters import Case, drafted, require
 from .floats import store
-from .folder import OutputFolder, check_out, output_folder
+from .folder import OutputFolder, check_out, is_file, output_folder
 from .tied import tied
 from .torch_weights import own_dtype, round_to
 
@@ -77,7 +77,7 @@ def export_language_model(source: Path, out: Path, options: Options, report: Rep
         dtype = options.dtype or own_dtype(source)
         round_to(model, dtype)
         cases, draft = _language_model(model, options.exporter, report)
-        if not _is_file(out):
+        if not is_file(out):
             carry.tokenizer(source, draft.graph, folder)
         return _Made(tied(draft), cases, dtype)
 
@@ -126,7 +126,7 @@ def _written(
     source: Path | None = None,
 ) -> Exported:
     """Write what `make` gives into `out`, which appears when it has been compared."""
-    single = MODEL if _is_file(out) else ""
+    single = MODEL if is_file(out) else ""
     with output_folder(out, overwrite=options.overwrite, single=single, source=source) as folder:
         made = make(folder)
         draft, cases = in_order(store(made.draft, FLOATS[made.dtype])), made.cases
@@ -143,7 +143,3 @@ def _written(
     return Exported(
         out, options.exporter, graph.opset[""], len(graph.nodes), weights, dtype, size, found
     )
-
-
-def _is_file(out: Path) -> bool:
-    return out.suffix.lower() == ".onnx"

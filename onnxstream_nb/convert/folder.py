@@ -153,6 +153,11 @@ class OutputFolder:
             )
 
 
+def is_file(out: Path) -> bool:
+    """Whether an output of this name is one file, and not a folder."""
+    return out.suffix.lower() == ".onnx"
+
+
 def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output that exists, or that holds the source; raises UsageError.
 
@@ -166,6 +171,11 @@ def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None
         raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}; make it first")
     if not overwrite:
         raise UsageError(f"-o {out} exists; name another output, or give --overwrite")
+    if out.is_file() and not is_file(out):
+        raise UsageError(
+            f"-o {out}: --overwrite puts no folder in the place of a file; name another output, or "
+            "one that ends in .onnx"
+        )
     if out.is_dir() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise UsageError(
             f"-o {out}: --overwrite deletes a folder only if it holds a {MANIFEST}, as outputs "

@@ -23,13 +23,13 @@ from ..progress import Report
 from .activations import OTHERS, PRODUCTS, Activations, calibrated_values, quantised_values, seen
 from .batch_norm import fold_batch_norms
 from .calibration import feeds_of_text
-from .draft import Draft
+from .draft import FLOATS, Draft
 from .feeds import feeds_of_files
 from .integer_dynamic import DynamicProducts
 from .integer_forms import Written, write_floats
 from .integer_weights import Constant, Constants, Keep, Stored
 from .matrices import find
-from .quantise import FLOATS, QuantiseOptions
+from .quantise import QuantiseOptions
 from .ranges import Range, by_value, format_ranges, read_ranges
 from .smooth import smoothed
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ModelError
 from ..graph import Node, WeightRef
 from ..passes.rewriting import Rewriter
-from .draft import Draft, Make, placeholder
+from .draft import FLOATS, Draft, Make, placeholder
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +28,6 @@ PIECE = 1 << 22  # elements
 TINY = float(np.finfo(np.float32).tiny)
 """The least scale: below it processors may take numbers for zero."""
 
-_FLOATS = ("float32", "float16", "bfloat16")
 _FLOAT32 = 1  # TensorProto.FLOAT
 
 
@@ -136,7 +135,7 @@ class Constants:
         """The floats that a value always is: an initializer's, cast to float32 or transposed."""
         ref = self._draft.graph.initializers.get(value)
         if ref is not None:
-            if ref.dtype not in _FLOATS:
+            if ref.dtype not in FLOATS.values():
                 return None
             return Constant(value, ref.shape, lambda: self._draft.read(ref), ref)
         node = self._rewriter.made_by(value, "Cast", "Transpose", "Identity")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 from ..errors import UsageError
 from ..progress import Report
-from .draft import Draft
+from .draft import FLOATS, Draft
 
 if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
@@ -25,7 +25,6 @@ METHODS: Mapping[str, str] = {
 """Method -> `module:function` of this package, a function (draft, options, report) -> Draft."""
 
 DTYPES = ("int4", "int8")
-FLOATS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SCALES = ("float16", "float32")
 DEFAULT_BLOCK = 32
 CALIBRATED = ("awq", "gptq")

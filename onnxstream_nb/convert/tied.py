@@ -13,12 +13,11 @@ import numpy as np
 
 from ..graph import Graph, Node, WeightRef
 from ..passes.rewriting import Rewriter
-from .draft import Draft
+from .draft import FLOATS, Draft
 
 Array = np.ndarray[Any, Any]
 
 _ROWS = 1024  # compared at a time
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def tied(draft: Draft) -> Draft:
@@ -36,7 +35,7 @@ def _tables(graph: Graph) -> Iterator[WeightRef]:
     names = (n.inputs[0] for n in graph.nodes if n.op_type == "Gather" and not n.domain)
     for name in dict.fromkeys(names):
         ref = graph.initializers.get(name)
-        if ref is not None and len(ref.shape) == 2 and ref.dtype in _FLOATS:
+        if ref is not None and len(ref.shape) == 2 and ref.dtype in FLOATS.values():
             yield ref
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..formats.safetensors_header import read_object
-from .convert import FLOATS
+from .draft import FLOATS
 
 
 def own_dtype(folder: Path) -> str:

@@ -17,7 +17,7 @@ from ..passes.upgrade import raise_opset
 from ..progress import Report
 from . import awq, gptq
 from .calibration import feeds_of_text
-from .draft import Draft
+from .draft import FLOATS, Draft
 from .integer_forms import (
     Codes,
     Grid,
@@ -30,7 +30,7 @@ from .integer_forms import (
 )  # fmt: skip
 from .layers import Calibration, Layer, nearest
 from .matrices import Matrix, find, read_strips
-from .quantise import FLOATS, QuantiseOptions
+from .quantise import QuantiseOptions
 
 Array = np.ndarray[Any, Any]
 Compute = Mapping[str, Callable[[], Rounded]]
