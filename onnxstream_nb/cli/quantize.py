@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..progress import of_download
-from .convert import facts, layers_kept, summary
+from ..progress import Report
+from .convert import layers_kept, written
 from .perplexity import read_text
 
 if TYPE_CHECKING:
@@ -24,23 +23,14 @@ _CALIBRATING = ("awq", "gptq", "dynamic", "static")
 def quantize(options: Mapping[str, Any]) -> int:
     """Write a quantised model, and print what was written."""
     _check_flags(options)
-    from .. import hub, ui
-    from ..convert.convert import convert
-    from ..convert.folder import check_out
     from ..convert.quantise import quantise
 
-    out = Path(options["out"]).expanduser()
-    check_out(out, overwrite=options["overwrite"])  # before anything is downloaded
-    with ui.progress() as report:
-        found = hub.resolve(options["model"], progress=of_download(report))
-        asked = asked_for(options, found.path)
-        written = convert(
-            found.path, out, steps=(partial(quantise, options=asked, report=report),),
-            overwrite=options["overwrite"], report=report,
-        )  # fmt: skip
-    document = {"model": found.name, "method": asked.method, "dtype": asked.dtype, **facts(written)}
-    print(json.dumps(document, ensure_ascii=False) if options["json"] else summary(document))
-    return 0
+    def how(model: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
+        asked = asked_for(options, model)
+        step = partial(quantise, options=asked, report=report)
+        return {"steps": (step,)}, {"method": asked.method, "dtype": asked.dtype}
+
+    return written(options, how)
 
 
 def _check_flags(options: Mapping[str, Any]) -> None:
