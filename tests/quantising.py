@@ -12,7 +12,7 @@ from fake_llm import FakeTokenizer
 
 from onnxstream_nb import Session
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.quantise import QuantiseOptions, quantise
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions, quantise
 from onnxstream_nb.formats.onnx import read_bytes
 from onnxstream_nb.formats.onnx_write import to_model_proto
 from onnxstream_nb.graph import Graph

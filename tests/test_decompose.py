@@ -17,11 +17,11 @@ from llama_oracle import Tiny
 from pass_graphs import assert_close, build, operators, random
 
 from onnxstream_nb import passes
-from onnxstream_nb.convert.decompose import decompose, foreign
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.half_split import half_split
-from onnxstream_nb.convert.opset14 import storable
-from onnxstream_nb.convert.streamed_llm import streamed
+from onnxstream_nb.convert.onnxstream.decompose import decompose, foreign
+from onnxstream_nb.convert.onnxstream.half_split import half_split
+from onnxstream_nb.convert.onnxstream.opset14 import storable
+from onnxstream_nb.convert.onnxstream.streamed_llm import streamed
 from onnxstream_nb.errors import UnsupportedError
 from onnxstream_nb.formats.onnx_write import to_model_proto
 from onnxstream_nb.graph import Graph

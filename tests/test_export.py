@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, on import and use
 
 from onnxstream_nb import Session  # noqa: E402
-from onnxstream_nb.convert.export import Options, export_language_model  # noqa: E402
+from onnxstream_nb.convert.pytorch.export import Options, export_language_model  # noqa: E402
 from onnxstream_nb.formats import load  # noqa: E402
 
 IDS = [1, 5, 9, 63, 0, 7, 7, 30, 22, 11, 40, 3, 17]

@@ -14,7 +14,7 @@ from hub_server import Hub, Repository
 
 from onnxstream_nb import cli
 from onnxstream_nb.cli.export import located
-from onnxstream_nb.convert import compared
+from onnxstream_nb.convert.pytorch import compared
 
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="torch or transformers is not installed")

@@ -36,11 +36,15 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from onnxstream_nb.cli.main import main
-from onnxstream_nb.convert.activations import seen
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.integer import StaticProducts, prepared, with_rounded_activations
-from onnxstream_nb.convert.quantise import QuantiseOptions, quantise
-from onnxstream_nb.convert.ranges import read_ranges
+from onnxstream_nb.convert.quantisation.activations import seen
+from onnxstream_nb.convert.quantisation.integer import (
+    StaticProducts,
+    prepared,
+    with_rounded_activations,
+)
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions, quantise
+from onnxstream_nb.convert.quantisation.ranges import read_ranges
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")

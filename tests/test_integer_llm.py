@@ -17,9 +17,9 @@ from llama_oracle import Tiny
 from onnxstream_nb import formats
 from onnxstream_nb.cli.main import main
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.integer import feeds_of, prepared
-from onnxstream_nb.convert.quantise import QuantiseOptions, quantise
-from onnxstream_nb.convert.smooth import smoothed
+from onnxstream_nb.convert.quantisation.integer import feeds_of, prepared
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions, quantise
+from onnxstream_nb.convert.quantisation.smooth import smoothed
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.session import Session
 

@@ -15,14 +15,14 @@ from llama_oracle import Tiny
 from onnxstream_nb import formats
 from onnxstream_nb.convert.draft import Draft
 from onnxstream_nb.convert.folder import output_folder
-from onnxstream_nb.convert.integer import prepared
-from onnxstream_nb.convert.onnxstream_uint8 import (
+from onnxstream_nb.convert.onnxstream.onnxstream_uint8 import (
     as_floats,
     exported,
     nearest,
     uint8_weights,
 )
-from onnxstream_nb.convert.text_folder import write_text_folder
+from onnxstream_nb.convert.onnxstream.text_folder import write_text_folder
+from onnxstream_nb.convert.quantisation.integer import prepared
 from onnxstream_nb.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")

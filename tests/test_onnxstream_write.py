@@ -27,7 +27,7 @@ from tokenizer_fixtures import smollm2
 
 from onnxstream_nb.convert.convert import convert
 from onnxstream_nb.convert.draft import Draft, placeholder
-from onnxstream_nb.convert.text_folder import known_dims, write_text_folder
+from onnxstream_nb.convert.onnxstream.text_folder import known_dims, write_text_folder
 from onnxstream_nb.errors import UnsupportedError
 from onnxstream_nb.formats.onnx_write import to_model_proto
 from onnxstream_nb.formats.onnxstream_write import Contents, write

@@ -18,8 +18,8 @@ from quantising import agreed, distance, quantised
 
 from onnxstream_nb.convert.convert import convert
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.matrices import find
-from onnxstream_nb.convert.quantise import QuantiseOptions
+from onnxstream_nb.convert.quantisation.matrices import find
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
 from onnxstream_nb.formats.onnx import read_bytes
 
@@ -109,7 +109,7 @@ def test_symmetric_integers_have_no_zero_points_and_scales_may_be_float32() -> N
 
 
 def test_a_matrix_is_rounded_once_for_integers_and_scales(monkeypatch: Any) -> None:
-    from onnxstream_nb.convert import weight_only
+    from onnxstream_nb.convert.quantisation import weight_only
 
     draft, _, _ = product(64, 8)
     found, calls = quantised(draft, asymmetric=True), []

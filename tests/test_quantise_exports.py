@@ -8,8 +8,8 @@ from fake_llm import FakeTokenizer
 from quantising import agreed, distance, quantised
 from test_exports import FOLDER, cases
 
-from onnxstream_nb.convert.calibration import feeds_of_text
-from onnxstream_nb.convert.matrices import find
+from onnxstream_nb.convert.quantisation.calibration import feeds_of_text
+from onnxstream_nb.convert.quantisation.matrices import find
 from onnxstream_nb.convert.source import read
 
 EXPORTS = ("llama_gqa_op14", "mistral_sw8_op14", "llama_gqa_dyn23")

@@ -36,7 +36,7 @@ from verify_models import (
 )
 
 from onnxstream_nb import hub
-from onnxstream_nb.convert.verify_weights import not_finite, not_finite_blocks
+from onnxstream_nb.convert.checks.verify_weights import not_finite, not_finite_blocks
 from onnxstream_nb.hub import store
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")

@@ -22,7 +22,7 @@ from tokenizer_fixtures import (
 )
 
 from onnxstream_nb.cli.main import main
-from onnxstream_nb.convert.vocabulary import convert_vocabulary, pieces_of
+from onnxstream_nb.convert.onnxstream.vocabulary import convert_vocabulary, pieces_of
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
 from onnxstream_nb.tokenizer import load_tokenizer
 from onnxstream_nb.tokenizer.sentencepiece import Piece, PieceType, model_bytes

@@ -78,7 +78,7 @@ def steps(options: Mapping[str, Any], report: Report) -> tuple[Step, ...]:
     """What is done to the model before it is written."""
     if options["dtype"] not in ROUNDED or _is_uint8(options):
         return ()
-    from ..convert.quantise import DEFAULT_BLOCK, QuantiseOptions, quantise
+    from ..convert.quantisation.quantise import DEFAULT_BLOCK, QuantiseOptions, quantise
 
     asked = QuantiseOptions(
         dtype=options["dtype"],

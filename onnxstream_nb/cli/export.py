@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..progress import of_download
 
 if TYPE_CHECKING:
-    from ..convert.export import Exported
+    from ..convert.pytorch.export import Exported
     from ..progress import Report
 
 
@@ -33,8 +33,8 @@ def export(options: Mapping[str, Any]) -> int:
 
 def exported(options: Mapping[str, Any], report: Report) -> Exported:
     """Do it."""
-    from ..convert import export as convert
     from ..convert.folder import check_out
+    from ..convert.pytorch import export as convert
 
     how = convert.Options(options["exporter"], options["dtype"], options["overwrite"])
     out = Path(options["out"]).expanduser()

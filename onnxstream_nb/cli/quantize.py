@@ -13,7 +13,7 @@ from .convert import layers_kept, written
 from .perplexity import read_text
 
 if TYPE_CHECKING:
-    from ..convert.quantise import QuantiseOptions
+    from ..convert.quantisation.quantise import QuantiseOptions
 
 ACTIVATIONS = ("dynamic", "static")
 _WEIGHTS_ONLY = ("block", "matmul_nbits", "scales", "plain")
@@ -23,7 +23,7 @@ _CALIBRATING = ("awq", "gptq", "dynamic", "static")
 def quantize(options: Mapping[str, Any]) -> int:
     """Write a quantised model, and print what was written."""
     _check_flags(options)
-    from ..convert.quantise import quantise
+    from ..convert.quantisation.quantise import quantise
 
     def how(model: Path, report: Report) -> tuple[dict[str, Any], dict[str, Any]]:
         asked = asked_for(options, model)
@@ -52,7 +52,7 @@ def _check_flags(options: Mapping[str, Any]) -> None:
 
 def asked_for(options: Mapping[str, Any], model: Path) -> QuantiseOptions:
     """The options of the step. Raises UsageError for a calibration text that cannot be read."""
-    from ..convert.quantise import DEFAULT_BLOCK, QuantiseOptions
+    from ..convert.quantisation.quantise import DEFAULT_BLOCK, QuantiseOptions
     from ..tokenizer import load_tokenizer
 
     given: dict[str, Any] = {}

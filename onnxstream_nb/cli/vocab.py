@@ -9,7 +9,7 @@ from typing import Any
 
 def vocab(options: Mapping[str, Any]) -> int:
     """Write the vocabulary of MODEL as --out says, and print how many tokens it has."""
-    from ..convert.vocabulary import convert_vocabulary
+    from ..convert.onnxstream.vocabulary import convert_vocabulary
     from ..errors import UsageError
 
     source, out = (Path(options[name]).expanduser() for name in ("model", "out"))

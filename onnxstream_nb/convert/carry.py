@@ -11,7 +11,7 @@ from ..tokenizer.gguf import carries_tokenizer
 from ..tokenizer.load import find
 from ..tokenizer.save import files
 from .folder import OutputFolder
-from .vocabulary import vocab_txt, vocabulary_file
+from .onnxstream.vocabulary import vocab_txt, vocabulary_file
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",

@@ -147,7 +147,7 @@ def in_order(draft: Draft) -> Draft:
 
 def _write_onnxstream(draft: Draft, dtype: str | None, folder: OutputFolder, report: Report) -> int:
     """Write model.txt and its weights; their bytes."""
-    from .text_folder import write_text_folder
+    from .onnxstream.text_folder import write_text_folder
 
     write_text_folder(draft, folder, report, dtype=dtype or "")
     return sum(file.size for name, file in folder.files.items() if name.endswith(".bin"))
