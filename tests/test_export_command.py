@@ -69,6 +69,19 @@ def test_a_missing_package_is_named_with_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_downloaded_for_a_package_that_is_missing(
+    server: Hub,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.repositories["owner/model"] = Repository({"config.json": b"{}"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = fails(capsys, "owner/model", "-o", tmp_path / "out")
+    assert message.startswith("exporting needs torch and transformers")
+    assert server.log == []
+
+
 def test_the_hugging_face_folder_of_a_repository_is_taken(server: Hub) -> None:  # noqa: F811
     names = ("config.json", "model.safetensors", "tokenizer.json", "model-Q8_0.gguf")
     server.repositories["owner/model"] = Repository({name: name.encode() for name in names})

@@ -28,6 +28,7 @@ from .tied import tied
 from .torch_weights import own_dtype, round_to
 
 EXPORTERS = tuple(causal.ATTENTION)
+NEEDED = ("torch", "transformers")  # for a language model
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def export_language_model(source: Path, out: Path, options: Options, report: Rep
     Raises UsageError without torch or transformers, ModelError or UnsupportedError for a model
     that cannot be loaded or exported, or whose export computes something else.
     """
-    require("torch", "transformers")
+    require(*NEEDED)
     check_out(out, overwrite=options.overwrite, source=source)
 
     def make(folder: OutputFolder) -> _Made:
