@@ -148,6 +148,8 @@ def main() -> None:
     options.add_argument("--only", default="", help="rows whose title contains this")
     given = options.parse_args()
     rows = [row for row in (kinds() if given.kinds else ROWS) if given.only in row.title]
+    if not rows:
+        options.error(f"--only {given.only}: no row is called so")
     with prepared(given) as (folder, reference, halves):
         cases = [measured(row, folder, reference, halves, given) for row in rows]
     titles = ("stored as", "MB", "perplexity", "KL, nats a token", "same best", "tokens/s")

@@ -25,6 +25,7 @@ from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
 from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization  # noqa: E402
 from onnxstream_nb.kernels.rope import rotary_embedding  # noqa: E402
+from onnxstream_nb.kernels.rounding import round_to_blocks, round_with_feedback  # noqa: E402
 from onnxstream_nb.kernels.threads import set_threads, team  # noqa: E402
 from onnxstream_nb.kvcache import KVSlot  # noqa: E402
 from onnxstream_nb.registry import kernels  # noqa: E402
@@ -154,6 +155,26 @@ def rope() -> None:
         assert_close(y, oracles.rotary(x, cos, sin, bool(interleaved)))
 
 
+def rounding() -> None:
+    """Scales that are searched, and errors that are fed back, each to the next column."""
+    x = normal(3, 50)
+    for low, high in ((-8, 7), (0, 15)):
+        errors = []
+        for search in (False, True):
+            found = round_to_blocks(x, None, 32, low, high, search, True)
+            zeros = 0 if found.zeros is None else found.zeros.repeat(32, 1)[:, :50]
+            values = (found.integers.astype(np.float32) - zeros) * found.scales.repeat(32, 1)[
+                :, :50
+            ]
+            errors.append(np.square(values - x).sum())
+            step = np.abs(found.scales).max()
+            assert np.abs(values - x).max() <= (2.5 if search else 1.01) * step
+        assert errors[1] <= errors[0]
+    fed = round_with_feedback(x, np.eye(50) - np.eye(50, k=1), None, 32, -8, 7, False, False)
+    left = x - fed.integers * fed.scales.repeat(32, 1)[:, :50]
+    assert np.abs(left.sum(axis=1)).max() <= np.abs(fed.scales).max()  # each error was passed on
+
+
 FEW: dict[str, Callable[[], None]] = {
     "products": lambda: products((("float16", True), ("q4_0", True))),
     "panels": lambda: panels(("q4_1", "q6_k")),
@@ -172,6 +193,7 @@ ALL: dict[str, Callable[[], None]] = {
     "spilled": spilled,
     "norms": norms,
     "rope": rope,
+    "rounding": rounding,
 }
 
 if __name__ == "__main__":

@@ -56,3 +56,30 @@ def refusal(call: Callable[[], Any], kind: type[OnnxstreamError] = ModelError) -
     with pytest.raises(kind) as caught:
         call()
     return str(caught.value)
+
+
+def summing(extra: str = "", over: str = "present.0.key") -> tuple[onnx.ModelProto, Any, Any]:
+    """A model with a past and no Attention: logits = (x + the sum of all x so far) W, or with
+    `over` "new" of the x of this run; its table and W. An `extra` input changes nothing."""
+    rng = np.random.default_rng(0)
+    table, w = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4), (4, 9)))
+    constants = {"table": table, "W": w, "one": np.array([1]), "one_two": np.array([1, 2])}
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("Unsqueeze", ["x", "one"], ["new"]),
+        helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
+        helper.make_node("ReduceSum", [over, "one_two"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["x", "sum"], ["both"]),
+        helper.make_node("MatMul", ["both", "W"], ["logits"]),
+    ]
+    inputs = [value("input_ids", TensorProto.INT64, (1, "t")),
+              value("past_key_values.0.key", shape=(1, 1, "past", 4))]  # fmt: skip
+    if extra:
+        inputs.append(value(extra, shape=(1,)))
+        nodes.append(helper.make_node("Add", ["logits", extra], ["unread"]))
+    proto = make(
+        nodes, inputs,
+        [value("logits", shape=(1, "t", 9)), value("present.0.key", shape=(1, 1, "all", 4))],
+        [numpy_helper.from_array(a, n) for n, a in constants.items()],
+    )  # fmt: skip
+    return proto, table, w

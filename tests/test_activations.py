@@ -162,12 +162,18 @@ def test_the_cache_is_not_counted(llama: Path) -> None:
 
 
 def test_a_mask_grows_with_what_was_read_before(tmp_path: Path) -> None:
-    """A sliding window's distances are (T, P + T) of eight bytes."""
+    """A sliding window's distances are (T, P + T) of eight bytes, where a graph runs as it is; a
+    language model's attention knows the window by itself."""
     path = tmp_path / "m.gguf"
     write_gguf(path, Tiny(architecture="mistral", window=64, context=4096), "F32")
-    model = LanguageModel(path, threads=1)
-    first, later = (language_bound(model, 128, past).nbytes for past in (0, 2000))
+    with Session(path, threads=1) as session:
+        plan = session.plan
+        first, later = (
+            token_bound(plan.graph, plan.constants, 128, past).nbytes for past in (0, 2000)
+        )
     assert later - first >= 8 * 128 * 2000
+    model = LanguageModel(path, threads=1)
+    assert language_bound(model, 128, 0) == language_bound(model, 128, 2000)
     model.close()
 
 

@@ -153,8 +153,8 @@ def test_an_export_with_positions(path: Path, opened: Open, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_an_export_without_positions_goes_one_by_one(batch_size: int | None, opened: Open) -> None:
-    model = opened(FOLDER / "llama_gqa_op14" / "model.onnx", load="mmap")
+def test_a_graph_with_a_mask_goes_one_by_one(batch_size: int | None, opened: Open) -> None:
+    model = opened(FOLDER / "onnxstream_llama_small", load="mmap")
     given = prompts(30, 4, 1)
     batch = model.generate_batch(given, max_tokens=6, temperature=0, batch_size=batch_size)
     assert not batch.side_by_side

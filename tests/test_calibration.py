@@ -11,9 +11,9 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny
 
 from onnxstream_nb import formats
-from onnxstream_nb.convert import calibration
-from onnxstream_nb.convert.calibration import Walk, captured, feeds_of_text
 from onnxstream_nb.convert.draft import Draft, placeholder
+from onnxstream_nb.convert.quantisation import calibration
+from onnxstream_nb.convert.quantisation.calibration import Walk, captured, feeds_of_text
 from onnxstream_nb.errors import UnsupportedError, UsageError
 from onnxstream_nb.graph import Graph, Node, Value
 from onnxstream_nb.session import Session

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxstream_nb.convert import compared
-from onnxstream_nb.convert.compared import LIMIT, difference
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.exporters import Case
-from onnxstream_nb.convert.tied import tied
+from onnxstream_nb.convert.pytorch import compared
+from onnxstream_nb.convert.pytorch.compared import LIMIT, difference
+from onnxstream_nb.convert.pytorch.exporters import Case
+from onnxstream_nb.convert.pytorch.tied import tied
 from onnxstream_nb.errors import ModelError, UnsupportedError
 from onnxstream_nb.formats.onnx import write
 from onnxstream_nb.graph import Graph, Node, Value

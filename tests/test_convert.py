@@ -180,7 +180,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
         ("nowhere/out", {}, "no folder"),
         ("out", {"to": "gguf"}, "onnx, onnxstream"),
         ("out.onnx", {"to": "onnxstream"}, "without .onnx"),
-        ("out", {"to": "onnxstream", "dtype": "bfloat16"}, "fp32 or fp16"),
+        ("out", {"to": "onnxstream", "dtype": "bfloat16"}, "--dtype bf16: OnnxStream stores"),
     ]
     for name, options, wanted in cases:
         message = refusal(lambda n=name, o=options: convert(tmp_path / "hf", tmp_path / n, **o),  # type: ignore[misc]

@@ -83,6 +83,13 @@ def test_overwriting_deletes_no_folder_of_another_kind(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "letters").read_text() == "dear"
 
 
+def test_overwriting_deletes_no_file_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "letters").write_text("dear")
+    with pytest.raises(UsageError, match=r"letters: --overwrite.*a file"):
+        fill(tmp_path / "letters", overwrite=True)
+    assert (tmp_path / "letters").read_text() == "dear"
+
+
 def test_links(tmp_path: Path) -> None:
     """A link counts as an output that exists, even one to nowhere; what it leads to is kept."""
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
@@ -157,9 +164,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         fill(tmp_path / "out")
 
 
-def test_errors_of_other_files_stay_what_they_are(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "out-of-here/tokenizer.json", "out.gguf"])
+def test_errors_of_other_files_stay_what_they_are(name: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), output_folder(tmp_path / "out") as folder:
-        folder.copy(tmp_path / "tokenizer.json")
+        folder.copy(tmp_path / name)
     assert names(tmp_path) == []
 
 

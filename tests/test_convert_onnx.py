@@ -249,7 +249,8 @@ def test_bodies(tmp_path: Path) -> None:
         tmp_path / "m.onnx",
     )
     for out in ("out", "out.onnx"):
-        convert(source, tmp_path / out, dtype="float16")
+        written = convert(source, tmp_path / out, dtype="float16")
+        assert written.source_bytes == w.nbytes + v.nbytes
         file = tmp_path / out / "model.onnx" if out == "out" else tmp_path / out
         for c, weight in ((True, w), (False, v)):
             x = matrix(2, 64, 1)

@@ -163,3 +163,11 @@ def test_models_without_a_tokenizer(tmp_path: Path) -> None:
     for source in ("m.gguf", "hf"):
         convert(tmp_path / source, tmp_path / f"{source}.out")
         assert not any("token" in name for name in check_manifest(tmp_path / f"{source}.out"))
+
+
+def test_one_file_says_that_it_has_no_tokenizer(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", Tiny())
+    assert not convert(tmp_path / "hf", tmp_path / "none.onnx").note
+    shutil.copy(LLAMA, tmp_path / "hf" / "tokenizer.model")
+    assert "name a folder" in convert(tmp_path / "hf", tmp_path / "apart.onnx").note
+    assert not convert(tmp_path / "hf", tmp_path / "hf" / "beside.onnx").note

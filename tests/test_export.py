@@ -16,7 +16,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch and transformers, on import and use
 
 from onnxstream_nb import Session  # noqa: E402
-from onnxstream_nb.convert.export import Options, export_language_model  # noqa: E402
+from onnxstream_nb.convert.pytorch.export import Options, export_language_model  # noqa: E402
 from onnxstream_nb.formats import load  # noqa: E402
 
 IDS = [1, 5, 9, 63, 0, 7, 7, 30, 22, 11, 40, 3, 17]
@@ -79,10 +79,14 @@ def test_opset23(tmp_path: Path, case: str) -> None:
 def test_opset23_has_the_standards_own_operators(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     _, out, _ = exported(tmp_path, "tinyllama", exporter="opset23")
-    counts = Counter(node.op_type for node in load(out).nodes)
+    graph = load(out)
+    counts = Counter(node.op_type for node in graph.nodes)
     assert counts["Attention"] == 2
     assert counts["RMSNormalization"] == 5
     assert counts["RotaryEmbedding"] == 4
+    matrices = {name for name, ref in graph.initializers.items() if len(ref.shape) == 2}
+    assert "model.layers.1.mlp.down_proj.weight" in matrices  # by which quantising finds it
+    assert not any(name.startswith("val_") for name in matrices)
 
 
 @pytest.mark.parametrize("case", sorted(FAILS))

@@ -14,7 +14,7 @@ from hub_server import Hub, Repository
 
 from onnxstream_nb import cli
 from onnxstream_nb.cli.export import located
-from onnxstream_nb.convert import compared
+from onnxstream_nb.convert.pytorch import compared
 
 TORCH = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 needs_torch = pytest.mark.skipif(not TORCH, reason="torch or transformers is not installed")
@@ -46,7 +46,9 @@ def silent(*_: object) -> None:
         (("m",), "--out is missing; give it, or set ONNXSTREAM_OUT"),
         (("m", "-o", "out", "--exporter", "dynamo"), "--exporter: 'dynamo' is none of opset14, "),
         (("m", "-o", "out", "--dtype", "int8"), "--dtype: 'int8' is none of fp32, fp16, bf16"),
-        (("./nowhere", "-o", "out"), "there is no file or folder './nowhere'"),
+        pytest.param(
+            ("./nowhere", "-o", "out"), "there is no file or folder './nowhere'", marks=needs_torch
+        ),
     ],
 )
 def test_bad_flags(
@@ -67,6 +69,19 @@ def test_a_missing_package_is_named_with_the_command(
         f"exporting needs {missing}, which is not installed: pip install 'onnxstream_nb[export]'"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_downloaded_for_a_package_that_is_missing(
+    server: Hub,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.repositories["owner/model"] = Repository({"config.json": b"{}"})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = fails(capsys, "owner/model", "-o", tmp_path / "out")
+    assert message.startswith("exporting needs torch and transformers")
+    assert server.log == []
 
 
 def test_the_hugging_face_folder_of_a_repository_is_taken(server: Hub) -> None:  # noqa: F811
@@ -135,6 +150,19 @@ def without_state(folder: Path) -> None:
     transformers.MambaForCausalLM(config).save_pretrained(folder)
 
 
+def hybrid(folder: Path) -> None:
+    """A model whose layers need a cache of two kinds."""
+    import transformers
+
+    config = transformers.Qwen3NextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_experts=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_experts_per_tok=1, linear_num_value_heads=2,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
 @needs_torch
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -143,6 +171,7 @@ def without_state(folder: Path) -> None:
         (unknown, "riddle"),
         (without_config, "no config.json; give a Hugging Face folder"),
         (without_state, "its state between tokens is not keys and values of each layer"),
+        (hybrid, "its state between tokens is not keys and values of each layer"),
     ],
 )
 def test_bad_folders(

@@ -17,9 +17,9 @@ from llama_oracle import Tiny
 from onnxstream_nb import formats
 from onnxstream_nb.cli.main import main
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.integer import feeds_of, prepared
-from onnxstream_nb.convert.quantise import QuantiseOptions, quantise
-from onnxstream_nb.convert.smooth import smoothed
+from onnxstream_nb.convert.quantisation.integer import feeds_of, prepared
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions, quantise
+from onnxstream_nb.convert.quantisation.smooth import smoothed
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.session import Session
 
@@ -115,6 +115,16 @@ def test_the_head_can_be_kept(draft: Draft) -> None:
     model = quantised(draft, options("dynamic", keep=(("head", "fp16"), ("*blk.1*", "fp32"))))
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("MatMul") == 8 and kinds.count("MatMulInteger") == 7
+
+
+def test_kept_layers_are_stored_in_the_floats_asked_for(
+    draft: Draft,
+) -> None:
+    found = quantise(draft, options("static", keep=(("*ffn_down*", "fp16"),)), silent)
+    refs = found.graph.initializers
+    assert {r.encoding for n, r in refs.items() if "ffn_down" in n} == {"float16"}
+    assert not any(".int" in n for n in refs if "ffn_down" in n)
+    assert snr(exact(draft), ours(written(found), feeds(draft.graph))) > 20
 
 
 def test_calibration_of_a_language_model_is_checked(draft: Draft, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def uncompiled(*command: str) -> str:
 
 def test_a_sample_of_the_kernels() -> None:
     names = (
-        "quant", "products", "tiles", "panels", "parts", "attention", "spilled", "norms", "rope",
+        "quant", "products", "tiles", "panels", "parts", "attention", "spilled", "norms",
+        "rope", "rounding",
     )  # fmt: skip
     wanted = [f"{name} {threads}" for threads in (1, 2) for name in names]
     assert uncompiled(str(HERE / "kernel_sample.py")).splitlines() == wanted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from llama_fixtures import write_gguf, write_hf
 from llama_oracle import Tiny
 from llm_checks import Countdown, exact_model, near
 from onnx import TensorProto, helper, numpy_helper
-from onnx_models import make, refusal, saved, value
+from onnx_models import make, refusal, saved, summing, value
 
 from onnxstream_nb.errors import Interrupted, UnsupportedError
 
@@ -30,35 +29,9 @@ def test_a_graph_without_a_past(tmp_path: Path) -> None:
     assert "past" in message and "export" in message
 
 
-def _summing(extra: str = "") -> Any:
-    """A model with a past and no Attention: logits = (x + the sum of all x so far) W."""
-    rng = np.random.default_rng(0)
-    table, w = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4), (4, 9)))
-    constants = {"table": table, "W": w, "one": np.array([1]), "one_two": np.array([1, 2])}
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
-        helper.make_node("Unsqueeze", ["x", "one"], ["new"]),
-        helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
-        helper.make_node("ReduceSum", ["present.0.key", "one_two"], ["sum"], keepdims=0),
-        helper.make_node("Add", ["x", "sum"], ["both"]),
-        helper.make_node("MatMul", ["both", "W"], ["logits"]),
-    ]
-    inputs = [value("input_ids", TensorProto.INT64, (1, "t")),
-              value("past_key_values.0.key", shape=(1, 1, "past", 4))]  # fmt: skip
-    if extra:
-        inputs.append(value(extra, shape=(1,)))
-        nodes.append(helper.make_node("Add", ["logits", extra], ["unread"]))
-    proto = make(
-        nodes, inputs,
-        [value("logits", shape=(1, "t", 9)), value("present.0.key", shape=(1, 1, "all", 4))],
-        [numpy_helper.from_array(a, n) for n, a in constants.items()],
-    )  # fmt: skip
-    return proto, table, w
-
-
 def test_a_past_without_attention(tmp_path: Path) -> None:
     """The cache is kept for graphs that the passes do not know, too."""
-    proto, table, w = _summing()
+    proto, table, w = summing()
     model = exact_model(saved(proto, tmp_path / "m.onnx"))
     ids: list[int] = []
     for step in ([1, 7, 3], [2], [5], [8, 8], [0], [4]):
@@ -74,7 +47,7 @@ def test_a_past_without_attention(tmp_path: Path) -> None:
 
 
 def test_an_input_that_nobody_feeds(tmp_path: Path) -> None:
-    proto, _, _ = _summing(extra="temperature")
+    proto, _, _ = summing(extra="temperature")
     path = saved(proto, tmp_path / "m.onnx")
     message = refusal(lambda: exact_model(path), UnsupportedError)
     assert "'temperature'" in message and "input_ids" in message
@@ -83,7 +56,7 @@ def test_an_input_that_nobody_feeds(tmp_path: Path) -> None:
 def test_nothing_is_opened_for_a_graph_that_cannot_be_fed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proto, _, _ = _summing(extra="temperature")
+    proto, _, _ = summing(extra="temperature")
     opened: list[object] = []
     monkeypatch.setattr("onnxstream_nb.llm.Session", lambda *_, **__: opened.append(None))
     refusal(lambda: exact_model(saved(proto, tmp_path / "m.onnx")), UnsupportedError)

@@ -15,9 +15,14 @@ from llama_oracle import Tiny
 from onnxstream_nb import formats
 from onnxstream_nb.convert.draft import Draft
 from onnxstream_nb.convert.folder import output_folder
-from onnxstream_nb.convert.integer import prepared
-from onnxstream_nb.convert.onnxstream_uint8 import as_floats, exported, uint8_weights
-from onnxstream_nb.convert.text_folder import write_text_folder
+from onnxstream_nb.convert.onnxstream.onnxstream_uint8 import (
+    as_floats,
+    exported,
+    nearest,
+    uint8_weights,
+)
+from onnxstream_nb.convert.onnxstream.text_folder import write_text_folder
+from onnxstream_nb.convert.quantisation.integer import prepared
 from onnxstream_nb.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
@@ -70,6 +75,18 @@ def test_ranges_that_are_none(values: Any) -> None:
     if found is not None and wanted is not None:
         np.testing.assert_array_equal(found.integers, wanted[0])
         assert (found.scale, found.zero_point) == wanted[1:]
+
+
+@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
+def test_whole_ranges_are_rounded_to_nearest(shift: float) -> None:
+    weight = (np.random.default_rng(0).standard_t(3, (30, 50)) + shift).astype(np.float32)
+    found, cut = nearest(weight), exported(weight)
+    assert found is not None and cut is not None
+    assert np.abs(found.values - weight).max() <= 0.501 * found.scale
+    assert snr(weight, found.values) > snr(weight, cut.values)
+    zero = nearest(np.array([0, 3, -1], np.float32))
+    assert zero is not None and zero.values[0] == 0
+    assert nearest(np.zeros(4, np.float32)) is None and nearest(np.zeros(0, np.float32)) is None
 
 
 def test_infinities_are_clipped() -> None:
@@ -139,7 +156,7 @@ def test_a_language_model_keeps_its_frequencies(tmp_path: Path) -> None:
         feeds = {value.name: feed(value.name, value.shape, ids) for value in graph.inputs}
         with Session(graph, threads=1) as session:
             logits.append(session.run(feeds, ["logits"])["logits"])
-    assert snr(logits[0], logits[1]) > 12
+    assert snr(logits[0], logits[1]) > 20
     sizes = sum(f.stat().st_size for f in path.glob("*.bin"))
     assert sizes < 0.3 * sum(4 * math.prod(r.shape) for r in draft.graph.initializers.values())
 
@@ -152,3 +169,21 @@ def feed(name: str, shape: Any, ids: Array) -> Array:
     if name == "attention_mask":
         return np.ones(ids.shape, np.int64)
     return np.zeros([size if isinstance(size, int) else 0 for size in shape[1:]], "f4")[None]
+
+
+def test_a_tied_table_is_looked_up_and_multiplied(tmp_path: Path) -> None:
+    tiny = Tiny(hidden=64, intermediate=96, vocab=320, layers=1, tied=True)
+    write_gguf(tmp_path / "tiny.gguf", tiny)
+    draft = Draft(formats.load(tmp_path / "tiny.gguf"))
+    path = folder_of(draft, tmp_path / "folder")
+    tables = [f for f in path.glob("*.bin") if f.stat().st_size == 320 * 64]
+    assert len(tables) == 1
+    ids, rounded = np.array([[5, 17, 99, 250, 3, 42]]), uint8_weights(draft, silent)
+    logits = []
+    for graph in (rebuilt(draft.with_(draft.graph, rounded.made)), formats.load(path)):
+        with Session(graph, threads=1) as session:
+            given = {v.name: feed(v.name, v.shape, ids) for v in session.inputs}
+            logits.append(session.run(given, ["logits"])["logits"])
+            kinds = {r.encoding for r in session.graph.initializers.values()}
+    assert {"uint8", "affine8"} <= kinds  # the rows that are looked up, and the matrices
+    assert snr(logits[0], logits[1]) > 40

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +21,13 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny, logits
 from llm_checks import exact_model, near
 from pass_graphs import build, random
+from quantising import quantised
 from test_smollm2 import REFERENCES, greedy
 from tokenizer_fixtures import smollm2
 
+from onnxstream_nb.convert.convert import convert
 from onnxstream_nb.convert.draft import Draft, placeholder
-from onnxstream_nb.convert.text_folder import known_dims, write_text_folder
+from onnxstream_nb.convert.onnxstream.text_folder import known_dims, write_text_folder
 from onnxstream_nb.errors import UnsupportedError
 from onnxstream_nb.formats.onnx_write import to_model_proto
 from onnxstream_nb.formats.onnxstream_write import Contents, write
@@ -376,6 +379,22 @@ def test_a_gguf_as_a_folder(encoding: str, tied: bool, tmp_path: Path) -> None:
     assert size < elements * (4 if encoding == "F32" else 2) + 16384
 
 
+@pytest.mark.parametrize("nbits", [False, True])
+def test_a_quantised_model_as_a_folder(nbits: bool, tmp_path: Path) -> None:
+    """Its rotary embeddings are of neighbouring channels, of weights that a node dequantises."""
+    tiny = Tiny(hidden=64, intermediate=96, heads=6, kv_heads=2, head_dim=16)
+    write_gguf(tmp_path / "m.gguf", tiny, "F32")
+    step = partial(quantised, method="rtn", matmul_nbits=nbits)
+    convert(tmp_path / "m.gguf", tmp_path / "integers", steps=(step,))
+    convert(tmp_path / "integers", tmp_path / "out", to="onnxstream", dtype="float32")
+    assert parsed(tmp_path / "out")
+    integers, floats = exact_model(tmp_path / "integers"), exact_model(tmp_path / "out")
+    for ids in ([1, 5, 9, 33], [7], [2, 8]):
+        near(floats.feed(ids), integers.feed(ids))
+    integers.close()
+    floats.close()
+
+
 def test_no_weight_is_in_memory_as_a_whole(tmp_path: Path, monkeypatch: Any) -> None:
     """The matrices of a converted model are read by pieces, but for those that change order."""
     tiny = Tiny(hidden=64, vocab=2048)
@@ -441,6 +460,17 @@ def test_onnxstreams_engine_would_run_it(
     got = in_onnxstreams_engine(folder, ids, steps)
     wanted = logits(tiny, weights, ids)
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["llama_gqa_op14", "llama_gqa_dyn23", "mistral_sw8_op14"])
+def test_onnxstreams_engine_would_run_exports(name: str, tmp_path: Path) -> None:
+    model = STREAMED.parent / name
+    folder = written(load_graph(model / "model.onnx"), tmp_path / "out")
+    with np.load(sorted(model.glob("case*.npz"))[2]) as data:  # six ids, nothing before them
+        ids, wanted = data["in__input_ids"][0].tolist(), data["out__logits"][0]
+    for steps in ((len(ids),), (1,) * len(ids), (2, len(ids) - 2)):
+        got = in_onnxstreams_engine(folder, ids, steps)
+        assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
 def test_attention_stands_as_onnxstream_fuses_it(tmp_path: Path) -> None:

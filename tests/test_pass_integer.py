@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from onnx_models import make, saved, value
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from onnxstream_nb.convert.quantise import QuantiseOptions, quantise
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions, quantise
 from onnxstream_nb.formats.onnx import read_bytes
 from onnxstream_nb.graph import Graph
 from onnxstream_nb.passes import optimize

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from llama_fixtures import write_gguf
+from llama_oracle import Tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import make, value
 from quantising import agreed, distance, quantised
 
+from onnxstream_nb.convert.convert import convert
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.matrices import find
-from onnxstream_nb.convert.quantise import QuantiseOptions
+from onnxstream_nb.convert.quantisation.matrices import find
+from onnxstream_nb.convert.quantisation.quantise import QuantiseOptions
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
 from onnxstream_nb.formats.onnx import read_bytes
 
@@ -104,7 +109,7 @@ def test_symmetric_integers_have_no_zero_points_and_scales_may_be_float32() -> N
 
 
 def test_a_matrix_is_rounded_once_for_integers_and_scales(monkeypatch: Any) -> None:
-    from onnxstream_nb.convert import weight_only
+    from onnxstream_nb.convert.quantisation import weight_only
 
     draft, _, _ = product(64, 8)
     found, calls = quantised(draft, asymmetric=True), []
@@ -311,3 +316,12 @@ def test_rows_are_rounded_some_at_a_time(transposed: bool, tmp_path: Any, monkey
     monkeypatch.setattr(elements, "PIECE", 40 * 7)
     for name, make_it in quantised(draft, asymmetric=True).made.items():
         np.testing.assert_array_equal(make_it(), whole[name])
+
+
+def test_what_is_quantised_already_is_refused(tmp_path: Path) -> None:
+    """The scales of a tied table are floats whose rows are looked up, and yet no table."""
+    write_gguf(tmp_path / "m.gguf", Tiny(tied=True), "F32")
+    step = partial(quantised, method="rtn")
+    convert(tmp_path / "m.gguf", tmp_path / "once", steps=(step,))
+    with pytest.raises(UnsupportedError, match="quantised already"):
+        convert(tmp_path / "once", tmp_path / "twice", steps=(step,))

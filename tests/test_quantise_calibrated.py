@@ -17,13 +17,13 @@ from perplexity_oracle import two_models
 from quantising import CALIBRATION, REST, agreed, by_us, distance, model_of, quantised, silent
 
 from onnxstream_nb import cli, formats
-from onnxstream_nb.convert import awq
-from onnxstream_nb.convert.calibration import feeds_of_text
 from onnxstream_nb.convert.draft import Draft
-from onnxstream_nb.convert.folding import Folding, shared
-from onnxstream_nb.convert.integer_forms import Grid
-from onnxstream_nb.convert.layers import Calibration, Layer, scaled
-from onnxstream_nb.convert.matrices import find
+from onnxstream_nb.convert.quantisation import awq
+from onnxstream_nb.convert.quantisation.calibration import feeds_of_text
+from onnxstream_nb.convert.quantisation.folding import Folding, shared
+from onnxstream_nb.convert.quantisation.integer_forms import Grid
+from onnxstream_nb.convert.quantisation.layers import Calibration, Layer, scaled
+from onnxstream_nb.convert.quantisation.matrices import find
 from onnxstream_nb.errors import ModelError, UsageError
 from onnxstream_nb.graph import Node, Value, WeightRef
 
@@ -128,7 +128,7 @@ def test_every_input_of_a_llama_can_be_divided_and_the_function_stays(draft: Dra
 
 
 def in_memory(draft: Draft) -> Draft:
-    from onnxstream_nb.convert.calibration import stored
+    from onnxstream_nb.convert.quantisation.calibration import stored
 
     refs = {
         name: stored(ref, draft.read(ref)) if name in draft.made else ref
@@ -186,7 +186,7 @@ def test_no_fold_where_another_sees_the_value() -> None:
 
 
 def test_heads_that_share_values_share_a_factor() -> None:
-    from onnxstream_nb.convert.folding import Fold, folded
+    from onnxstream_nb.convert.quantisation.folding import Fold, folded
 
     fold = Fold("v_proj", 1, (2, 3, 4))
     factor = shared([fold], np.exp(np.random.default_rng(0).standard_normal(24)))
@@ -227,7 +227,7 @@ def test_a_text_that_is_too_short_is_refused(draft: Draft) -> None:
 def test_progress_names_the_layers(draft: Draft) -> None:
     from quantising import options
 
-    from onnxstream_nb.convert.quantise import quantise
+    from onnxstream_nb.convert.quantisation.quantise import quantise
 
     told: list[tuple[str, float | None]] = []
     quantise(draft, replace(options(), method="gptq"), lambda *what: told.append(what))
@@ -264,6 +264,8 @@ def test_the_verb_writes_what_the_step_makes(
     [
         (["--method", "awq"], "--calibration"),
         (["--calibration", "x.txt"], "rtn is not calibrated"),
+        (["--tokens", "64"], "rtn is not calibrated: leave out --tokens"),
+        (["--percentile", "99"], "--percentile is for --method static, not for rtn"),
         (["--method", "gptq", "--calibration", "no/such.txt"], "--calibration no/such.txt"),
         (["--method", "dynamic", "--block", "64"], "--block"),
         (["--method", "static", "--dtype", "int4"], "int4"),

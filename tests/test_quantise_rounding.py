@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxstream_nb.convert.gptq import factor_of
-from onnxstream_nb.convert.integer_forms import Grid, Rounded, values
-from onnxstream_nb.convert.layers import how, nearest
+from onnxstream_nb.convert.quantisation.gptq import factor_of
+from onnxstream_nb.convert.quantisation.integer_forms import Grid, Rounded, values
+from onnxstream_nb.convert.quantisation.layers import how, nearest
 from onnxstream_nb.session import internal
 
 Array = np.ndarray[Any, Any]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxstream_nb.convert.activations import parameters
-from onnxstream_nb.convert.feeds import feeds_of_files
-from onnxstream_nb.convert.ranges import (
+from onnxstream_nb.convert.quantisation.activations import parameters
+from onnxstream_nb.convert.quantisation.feeds import feeds_of_files
+from onnxstream_nb.convert.quantisation.ranges import (
     Range,
     Seen,
     by_operator,

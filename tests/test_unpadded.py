@@ -133,10 +133,46 @@ def test_a_mask_that_only_windows_stays(tmp_path: Path) -> None:
     assert passes.rewrite_unpadded(other, decode_constant) is other
 
 
-def test_sources_and_exports_without_such_masks_are_left(tmp_path: Path) -> None:
+EXPORTS = {"llama_gqa_op14": 0, "llama_gqa_dyn23": 0, "mistral_sw8_op14": 8,
+           "onnxstream_llama_small": 0}  # fmt: skip
+MODELS = Path(__file__).parent / "fixtures" / "models"
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_masks_of_exports(name: str) -> None:
+    """Of PyTorch's both exporters, and of OnnxStream's published folders; test_exports.py holds
+    their numbers against PyTorch's."""
+    path = MODELS / name if name.startswith("onnxstream") else MODELS / name / "model.onnx"
+    after = passes.rewrite_unpadded(fused(path), decode_constant)
+    assert "attention_mask" not in {v.name for v in after.inputs}
+    shared = can_share_passes(passes.rewrite_logit_rows(after), passes.find_cache(after))
+    assert shared == (name != "onnxstream_llama_small")  # which cuts its tables by the past
+    for node in attentions(after):
+        assert node.attributes["is_causal"] == 1 and not node.inputs[3]
+        assert node.attributes.get("left_window_size", -1) == EXPORTS[name] - 1
+
+
+def test_sources_and_other_masks_are_left(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", PLAIN, "F32")
-    models = Path(__file__).parent / "fixtures" / "models"
-    for path in (tmp_path / "m.gguf", models / "onnxstream_llama_small",
-                 models / "mistral_sw8_op14" / "model.onnx"):  # fmt: skip
-        graph = fused(path)
-        assert passes.rewrite_unpadded(graph, decode_constant) is graph
+    graph = fused(tmp_path / "m.gguf")
+    assert passes.rewrite_unpadded(graph, decode_constant) is graph
+
+
+@pytest.mark.parametrize("what", ["filling", "zeros", "limit"])
+def test_squares_of_another_kind_stay(what: str) -> None:
+    """OnnxStream's published form: zeros for the past, and a square of least numbers."""
+    graph = fused(MODELS / "onnxstream_llama_small")
+    if what == "limit":
+        other = changed(graph, constant_of("Add", 1), 2)
+    else:
+        wanted = {"filling": -3.4028234663852886e38, "zeros": 0.0}[what]
+        other = graph.with_(
+            nodes=tuple(
+                replace(n, attributes={"value": np.float32([-5.0])})
+                if n.op_type == "ConstantOfShape" and n.attributes["value"] == np.float32(wanted)
+                else n
+                for n in graph.nodes
+            )
+        )
+    assert passes.rewrite_unpadded(graph, decode_constant) is not graph
+    assert passes.rewrite_unpadded(other, decode_constant) is other

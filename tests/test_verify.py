@@ -29,7 +29,7 @@ from verify_models import (
 )
 
 from onnxstream_nb import cli, hub
-from onnxstream_nb.convert.verify import Verification
+from onnxstream_nb.convert.checks.verify import Verification
 from onnxstream_nb.hub import store
 from onnxstream_nb.llm import LanguageModel
 
@@ -213,7 +213,7 @@ def test_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from onnxstream_nb.convert import verify_weights
+    from onnxstream_nb.convert.checks import verify_weights
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -227,7 +227,7 @@ def test_ctrl_c(
 def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No weight is read whole to look at its elements."""
     from onnxstream_nb import files
-    from onnxstream_nb.convert import verify_weights
+    from onnxstream_nb.convert.checks import verify_weights
 
     largest = []
     whole = files.Files.read_into

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hub_fixtures import caches as hub_caches
 from llama_oracle import Tiny
-from onnx import TensorProto, helper, numpy_helper
-from onnx_models import make, saved, value
+from onnx import helper, numpy_helper
+from onnx_models import make, saved, summing, value
+from output_faults import missing_shard, truncated_shard, unknown_architecture, wrong_index
 from perplexity_oracle import VOCAB
 from verify_models import (
     EXPORTED,
@@ -35,7 +36,7 @@ from verify_models import (
 )
 
 from onnxstream_nb import hub
-from onnxstream_nb.convert.verify_weights import not_finite, not_finite_blocks
+from onnxstream_nb.convert.checks.verify_weights import not_finite, not_finite_blocks
 from onnxstream_nb.hub import store
 
 pytestmark = pytest.mark.usefixtures("one_thread_afterwards")
@@ -158,31 +159,6 @@ def truncated_gguf(folder: Path) -> tuple[Path, str]:
     return path, "tensor 'output.weight' ends at byte"
 
 
-def truncated_shard(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    shard = path / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-8])
-    return path, f"{shard}: the tensors end at byte"
-
-
-def missing_shard(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    (path / "model-00002-of-00002.safetensors").unlink()
-    return path, "its weights file 'model-00002-of-00002.safetensors' is missing"
-
-
-def wrong_index(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    index = path / "model.safetensors.index.json"
-    found = json.loads(index.read_text())
-    shards = sorted(set(found["weight_map"].values()))
-    name = "model.norm.weight"
-    other = next(s for s in shards if s != found["weight_map"][name])
-    found["weight_map"][name] = other
-    index.write_text(json.dumps(found))
-    return path, f"{path / other}: tensor '{name}' is missing, although"
-
-
 def truncated_data(folder: Path) -> tuple[Path, str]:
     path = exported(folder)
     data = path.with_name("model.onnx.data")
@@ -208,14 +184,6 @@ def missing_bin(folder: Path) -> tuple[Path, str]:
     path = folder / "model_2E_model_2E_embed_5F_tokens_2E_weight.bin"
     path.unlink()
     return folder, path.name
-
-
-def unknown_architecture(folder: Path) -> tuple[Path, str]:
-    path = hugging_face(folder)
-    config = json.loads((path / "config.json").read_text())
-    config["architectures"] = ["MysteryForCausalLM"]
-    (path / "config.json").write_text(json.dumps(config))
-    return path, "MysteryForCausalLM"
 
 
 def wrong_shape(folder: Path) -> tuple[Path, str]:
@@ -415,24 +383,22 @@ def test_outputs_that_overflow(tmp_path: Path, capsys: Capture) -> None:
     assert finding["detail"] == "of x [1, 20, 20, 3] it computes numbers that are not finite"
 
 
+def test_a_sample_that_is_too_small(tmp_path: Path, capsys: Capture) -> None:
+    """The model is whole: it is its open sizes that were guessed."""
+    pool = helper.make_node("MaxPool", ["x"], ["y"], kernel_shape=[4, 4])
+    x, y = value("x", shape=(1, 3, "height", "width")), value("y", shape=(1, 3, "h", "w"))
+    path = saved(make([pool], [x], [y]), tmp_path / "m.onnx")
+    finding = only_failure(path, capsys)
+    assert finding["detail"].startswith("of x [1, 3, 1, 1]: ")
+    assert "--size 64" in finding["remedy"]
+    finding = only_failure(path, capsys, "--size", "2")
+    assert "--size" not in finding["remedy"]
+    assert states(verify(path, capsys, "--size", "8"))["forward"] == "ok"
+
+
 def test_a_cache_that_is_not_read(tmp_path: Path, capsys: Capture) -> None:
     """Logits depend on what is new alone: of a token, not on those before it."""
-    rng = np.random.default_rng(0)
-    table, w = (rng.standard_normal(s).astype(np.float32) for s in ((9, 4), (4, 9)))
-    constants = {"table": table, "W": w, "one": np.array([1]), "one_two": np.array([1, 2])}
-    nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
-        helper.make_node("Unsqueeze", ["x", "one"], ["new"]),
-        helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
-        helper.make_node("ReduceSum", ["new", "one_two"], ["sum"], keepdims=0),
-        helper.make_node("Add", ["x", "sum"], ["both"]),
-        helper.make_node("MatMul", ["both", "W"], ["logits"]),
-    ]
-    inputs = [value("input_ids", TensorProto.INT64, (1, "t")),
-              value("past_key_values.0.key", shape=(1, 1, "past", 4))]  # fmt: skip
-    outputs = [value("logits", shape=(1, "t", 9)), value("present.0.key", shape=(1, 1, "all", 4))]
-    weights = [numpy_helper.from_array(a, n) for n, a in constants.items()]
-    path = saved(make(nodes, inputs, outputs, weights), tmp_path / "m.onnx")
+    path = saved(summing(over="new")[0], tmp_path / "m.onnx")
     finding = only_failure(path, capsys)
     assert finding["check"] == "cache" and "export it again" in finding["remedy"]
     assert float(finding["detail"].split()[6]) > 0.5

@@ -22,7 +22,7 @@ from tokenizer_fixtures import (
 )
 
 from onnxstream_nb.cli.main import main
-from onnxstream_nb.convert.vocabulary import convert_vocabulary, pieces_of
+from onnxstream_nb.convert.onnxstream.vocabulary import convert_vocabulary, pieces_of
 from onnxstream_nb.errors import ModelError, UnsupportedError, UsageError
 from onnxstream_nb.tokenizer import load_tokenizer
 from onnxstream_nb.tokenizer.sentencepiece import Piece, PieceType, model_bytes
@@ -277,7 +277,9 @@ def test_a_gguf_of_pieces(tmp_path: Path) -> None:
     assert (tmp_path / "vocab.txt").read_bytes() == (tmp_path / "other.txt").read_bytes()
 
 
-def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_model(tmp_path / "tokenizer.model", small_pieces())
     out = tmp_path / "vocab.txt"
     assert main(["vocab", str(source), "-o", str(out)]) == 0
@@ -287,6 +289,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vocab", str(source), "-o", str(out), "--overwrite"]) == 0
     assert main(["vocab", str(tmp_path / "none"), "-o", str(out)]) == 2
     assert "does not exist" in capsys.readouterr().err
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["vocab", "~/tokenizer.model", "-o", "~/other.txt"]) == 0
+    assert (tmp_path / "other.txt").read_bytes() == out.read_bytes()
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".partial")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,28 @@ ROUNDED = ("int8", "int4")
 _ROUNDING = ("block", "asymmetric", "keep", "matmul_nbits")
 
 
+How = Callable[[Path, Report], tuple[dict[str, Any], dict[str, Any]]]
+"""From the source and what is told of the work: arguments of `convert`, more facts to print."""
+
+
 def convert(options: Mapping[str, Any]) -> int:
     """Write a model in another format or type, and print what was written."""
     _check_flags(options)
+    from ..convert.convert import UINT8
+    from ..convert.draft import FLOATS
+
+    dtype = UINT8 if _is_uint8(options) else FLOATS.get(options["dtype"])
+    return written(
+        options,
+        lambda path, report: (
+            {"to": options["to"], "dtype": dtype, "steps": steps(options, report)}, {},
+        ),
+    )  # fmt: skip
+
+
+def written(options: Mapping[str, Any], how: How) -> int:
+    """Find the model, convert it, and print what that gave; the exit code."""
     from .. import hub, ui
-    from ..convert.convert import FLOATS, UINT8
     from ..convert.convert import convert as run
     from ..convert.folder import check_out
 
@@ -32,12 +49,9 @@ def convert(options: Mapping[str, Any]) -> int:
     check_out(out, overwrite=options["overwrite"])  # before anything is downloaded
     with ui.progress() as report:
         found = hub.resolve(options["model"], progress=of_download(report))
-        written = run(
-            found.path, out, to=options["to"],
-            dtype=UINT8 if _is_uint8(options) else FLOATS.get(options["dtype"]),
-            steps=steps(options, report), overwrite=options["overwrite"], report=report,
-        )  # fmt: skip
-    document = {"model": found.name, **facts(written)}
+        arguments, more = how(found.path, report)
+        done = run(found.path, out, overwrite=options["overwrite"], report=report, **arguments)
+    document = {"model": found.name, **more, **facts(done)}
     print(json.dumps(document, ensure_ascii=False) if options["json"] else summary(document))
     return 0
 
@@ -64,7 +78,7 @@ def steps(options: Mapping[str, Any], report: Report) -> tuple[Step, ...]:
     """What is done to the model before it is written."""
     if options["dtype"] not in ROUNDED or _is_uint8(options):
         return ()
-    from ..convert.quantise import DEFAULT_BLOCK, QuantiseOptions, quantise
+    from ..convert.quantisation.quantise import DEFAULT_BLOCK, QuantiseOptions, quantise
 
     asked = QuantiseOptions(
         dtype=options["dtype"],
@@ -88,19 +102,19 @@ def _pair(text: str) -> tuple[str, str]:
     return pattern, dtype
 
 
-def facts(written: Written) -> dict[str, Any]:
+def facts(done: Written) -> dict[str, Any]:
     """What was written, as JSON's types."""
     return {
-        "path": str(written.path),
-        "to": written.kind,
-        "files": written.files,
-        "size_bytes": written.size_bytes,
-        "weight_bytes": written.weight_bytes,
-        "source_weight_bytes": written.source_bytes,
-        "seconds": round(written.seconds, 3),
-        "mb_per_s": round(written.size_bytes / written.seconds / 1e6, 1),
+        "path": str(done.path),
+        "to": done.kind,
+        "files": done.files,
+        "size_bytes": done.size_bytes,
+        "weight_bytes": done.weight_bytes,
+        "source_weight_bytes": done.source_bytes,
+        "seconds": round(done.seconds, 3),
+        "mb_per_s": round(done.size_bytes / done.seconds / 1e6, 1),
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1),
-        "note": written.note,
+        "note": done.note,
     }
 
 

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..progress import of_download
 
 if TYPE_CHECKING:
-    from ..convert.export import Exported
+    from ..convert.pytorch.export import Exported
     from ..progress import Report
 
 
@@ -33,14 +33,16 @@ def export(options: Mapping[str, Any]) -> int:
 
 def exported(options: Mapping[str, Any], report: Report) -> Exported:
     """Do it."""
-    from ..convert import export as convert
     from ..convert.folder import check_out
+    from ..convert.pytorch import export as convert
+    from ..convert.pytorch.exporters import require
 
     how = convert.Options(options["exporter"], options["dtype"], options["overwrite"])
     out = Path(options["out"]).expanduser()
-    check_out(out, overwrite=how.overwrite)  # before anything is downloaded
+    check_out(out, overwrite=how.overwrite)
     if options["module"] is not None:
         return convert.export_module(options["module"], out, how, report)
+    require(*convert.NEEDED)  # before anything is downloaded
     return convert.export_language_model(located(options["model"], report), out, how, report)
 
 

@@ -106,7 +106,7 @@ def parse(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -
             "model",
             metavar="MODEL",
             nargs="?" if verb.model == "optional" else None,
-            help="a catalogue name, a path, or a hub repository owner/name[:file or quantisation]",
+            help=verb.about,
         )
     options = read_options(parser, (*verb.options, DEBUG), arguments, environment)
     if options.get("ram") is not None and options.get("load") == "mmap":

@@ -208,12 +208,13 @@ YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 @dataclass(frozen=True, slots=True)
 class Verb:
     """One command: where its function is (`module:function` in onnxstream_nb), its flags, whether
-    it takes MODEL (`required`, `optional` or not at all)."""
+    it takes MODEL (`required`, `optional` or not at all), and what that may be."""
 
     run: str
     help: str
     options: tuple[Option, ...] = ()
     model: str = ""
+    about: str = "a catalogue name, a path, or a hub repository owner/name[:file or quantisation]"
 
 
 VERBS: Mapping[str, Verb] = {
@@ -233,6 +234,7 @@ VERBS: Mapping[str, Verb] = {
         "a PyTorch model to ONNX, compared with PyTorch",
         (*EXPORT, JSON),
         "optional",
+        "a Hugging Face folder, or a hub repository owner/name, if there is no --module",
     ),
     "inspect": Verb("cli.report:inspect", "operators, weights, memory, plan", INSPECT, "required"),
     "verify": Verb(
@@ -258,6 +260,7 @@ VERBS: Mapping[str, Verb] = {
         "turn a vocabulary into OnnxStream's vocab.txt, or a tokenizer.model",
         VOCAB,
         "required",
+        "a tokenizer.model, tokenizer.json, vocab.txt or GGUF, or a folder with one",
     ),
     "pull": Verb("cli.commands:pull", "download a model", (), "required"),
     "list": Verb("cli.commands:list_models", "models here and in the catalogue", (JSON,)),

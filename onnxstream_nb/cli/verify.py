@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..convert.finding import Finding
+    from ..convert.checks.finding import Finding
     from ..hub import Copy
 
 MARKS = {"ok": "ok       ", "failed": "FAILED   ", "skipped": "skipped  "}
@@ -23,7 +23,7 @@ def verify(options: Mapping[str, Any]) -> int:
     """Check a model on this disk and print each finding; 1 when one of the checks failed."""
     path, copy = here(options["model"])
     from .. import ui
-    from ..convert.verify import Verification
+    from ..convert.checks.verify import Verification
 
     def silent(text: str, fraction: float | None) -> None: ...
 

@@ -9,10 +9,10 @@ from typing import Any
 
 def vocab(options: Mapping[str, Any]) -> int:
     """Write the vocabulary of MODEL as --out says, and print how many tokens it has."""
-    from ..convert.vocabulary import convert_vocabulary
+    from ..convert.onnxstream.vocabulary import convert_vocabulary
     from ..errors import UsageError
 
-    source, out = Path(options["model"]), Path(options["out"])
+    source, out = (Path(options[name]).expanduser() for name in ("model", "out"))
     if not source.exists():
         raise UsageError(f"{source} does not exist: name a vocabulary, a GGUF or a model's folder")
     tokens = convert_vocabulary(source, out, overwrite=options["overwrite"])

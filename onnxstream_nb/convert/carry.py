@@ -11,7 +11,7 @@ from ..tokenizer.gguf import carries_tokenizer
 from ..tokenizer.load import find
 from ..tokenizer.save import files
 from .folder import OutputFolder
-from .vocabulary import vocab_txt, vocabulary_file
+from .onnxstream.vocabulary import vocab_txt, vocabulary_file
 
 COMPANIONS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json",
@@ -42,6 +42,14 @@ def tokenizer(source: Path, graph: Graph, folder: OutputFolder) -> None:
         for name in COMPANIONS:
             if name not in folder.files and (place / name).is_file():
                 folder.copy(place / name)
+
+
+def left_behind(source: Path, graph: Graph, out: Path) -> str:
+    """A remark where a language model becomes one file, and its tokenizer is not beside that."""
+    found = _found(source) if _reads_text(graph) else None
+    if found is None or found.resolve().parent == out.resolve().parent:
+        return ""
+    return "one file holds no tokenizer: put the source's beside it, or name a folder as the output"
 
 
 def text_vocabulary(source: Path, graph: Graph, folder: OutputFolder) -> str:

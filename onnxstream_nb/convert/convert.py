@@ -9,17 +9,16 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..formats import onnx_folder
+from ..formats.onnx_write import all_weights
 from ..graph import Graph
 from ..progress import Report
 from . import carry, floats, ties, uint8
-from .draft import Draft
-from .folder import OutputFolder, check_out, output_folder
+from .draft import FLOATS, Draft
+from .folder import OutputFolder, check_out, is_file, output_folder
 from .source import read
 
 Step = Callable[[Draft], Draft]
 
-FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""--dtype -> the element type of stored floats."""
 UINT8 = "uint8"
 """--dtype int8 in an OnnxStream folder: all weights as its exporter rounds them."""
 KINDS = ("onnx", "onnxstream")
@@ -70,7 +69,7 @@ def convert(
     source_bytes = _stored(draft.graph)
     for step in steps:
         draft = step(draft)
-    single, note = onnx_folder.MODEL if _is_file(out) else "", ""
+    single, note = onnx_folder.MODEL if is_file(out) else "", ""
     with output_folder(out, overwrite=overwrite, single=single, source=source) as folder:
         if not single:
             carry.tokenizer(source, draft.graph, folder)
@@ -78,17 +77,13 @@ def convert(
             note = carry.text_vocabulary(source, draft.graph, folder)
             weights = _write_onnxstream(draft, dtype, folder, tell)
         else:
-            note = _integers(draft.graph) if dtype else ""
+            note = _remarks(source, draft.graph, out, dtype)
             weights = _write_onnx(draft, dtype, folder, tell, None if single else shard_bytes)
     sizes = {name: file.size for name, file in folder.files.items()}
     if single:
         sizes = {out.name: sizes[single]}
     seconds = time.perf_counter() - began
     return Written(out, to, sizes, weights, source_bytes, seconds, note)
-
-
-def _is_file(out: Path) -> bool:
-    return out.suffix.lower() == ".onnx"
 
 
 def _check_form(out: Path, to: str, dtype: str | None) -> None:
@@ -98,15 +93,22 @@ def _check_form(out: Path, to: str, dtype: str | None) -> None:
         if dtype == UINT8:
             raise UsageError("uint8 is a form of weights in OnnxStream's folders alone")
         return
-    if _is_file(out):
+    if is_file(out):
         raise UsageError(f"-o {out}: --to {to} writes a folder; name it without .onnx")
     if dtype not in (None, "float32", "float16", UINT8):
-        raise UsageError(f"--dtype {dtype}: OnnxStream stores fp32 or fp16, or int8; give one")
+        flag = next((flag for flag, name in FLOATS.items() if name == dtype), dtype)
+        raise UsageError(f"--dtype {flag}: OnnxStream stores fp32 or fp16, or int8; give one")
 
 
 def _stored(graph: Graph) -> int:
-    """Bytes of all weights as their files have them; tied ones count once."""
-    return sum({ref.key: ref.nbytes for ref in graph.initializers.values()}.values())
+    """Bytes of all weights as their files have them, also in bodies; tied ones count once."""
+    return sum({ref.key: ref.nbytes for ref in all_weights(graph)}.values())
+
+
+def _remarks(source: Path, graph: Graph, out: Path, dtype: str | None) -> str:
+    """What is not as one may expect of an ONNX model that was asked for; "" for nothing."""
+    left = carry.left_behind(source, graph, out) if is_file(out) else ""
+    return "; ".join(filter(None, [left, _integers(graph) if dtype else ""]))
 
 
 def _integers(graph: Graph) -> str:
@@ -145,7 +147,7 @@ def in_order(draft: Draft) -> Draft:
 
 def _write_onnxstream(draft: Draft, dtype: str | None, folder: OutputFolder, report: Report) -> int:
     """Write model.txt and its weights; their bytes."""
-    from .text_folder import write_text_folder
+    from .onnxstream.text_folder import write_text_folder
 
     write_text_folder(draft, folder, report, dtype=dtype or "")
     return sum(file.size for name, file in folder.files.items() if name.endswith(".bin"))

@@ -17,6 +17,9 @@ from ..weights import numpy_dtype
 from . import elements
 
 Array = np.ndarray[Any, Any]
+FLOATS: Mapping[str, str] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""The types of floats that weights may be stored as: what flags call them -> the element type."""
+
 Make = Callable[[], Array]
 
 

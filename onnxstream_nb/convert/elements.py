@@ -40,7 +40,7 @@ def pieces(ref: WeightRef, dtype: str) -> Iterator[Array]:
         columns = ref.shape[-1] if ref.shape else 1
         flat = replace(ref, shape=(math.prod(ref.shape) // columns, columns))
         yield from (as_dtype(rows, dtype, ref.name) for _, rows in _rows(flat))
-    elif len(ref.shape) == 2 and ref.cut_by_rows:
+    elif len(ref.shape) == 2 and ref.cut_by_rows and not ref.parts:
         yield from _transposed(ref, dtype)
     else:
         yield as_dtype(np.ascontiguousarray(decode_constant(ref)), dtype, ref.name)

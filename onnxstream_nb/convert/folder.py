@@ -153,6 +153,11 @@ class OutputFolder:
             )
 
 
+def is_file(out: Path) -> bool:
+    """Whether an output of this name is one file, and not a folder."""
+    return out.suffix.lower() == ".onnx"
+
+
 def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None:
     """Refuse an output that exists, or that holds the source; raises UsageError.
 
@@ -166,6 +171,11 @@ def check_out(out: Path, *, overwrite: bool, source: Path | None = None) -> None
         raise UsageError(f"-o {out}: there is no folder {out.absolute().parent}; make it first")
     if not overwrite:
         raise UsageError(f"-o {out} exists; name another output, or give --overwrite")
+    if out.is_file() and not is_file(out):
+        raise UsageError(
+            f"-o {out}: --overwrite puts no folder in the place of a file; name another output, or "
+            "one that ends in .onnx"
+        )
     if out.is_dir() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise UsageError(
             f"-o {out}: --overwrite deletes a folder only if it holds a {MANIFEST}, as outputs "
@@ -219,10 +229,15 @@ def _output_error(out: Path, folder: OutputFolder | None, error: OSError) -> Exc
             f"{format_size(disk_free(out.parent))} free; free some, or name an output on another "
             "disk; nothing was left there"
         )
-    mine = (str(out), str(out.with_name(f".{out.name}.")))
-    if error.filename is not None and not str(error.filename).startswith(mine):
+    if error.filename is not None and not _is_ours(Path(os.path.abspath(error.filename)), out):
         return error
     return OutputError(
         f"{out} cannot be written ({error.strerror or error}); name an output in a folder that "
         "you may write to"
     )
+
+
+def _is_ours(path: Path, out: Path) -> bool:
+    """Whether a path is the output, one of those that stand for it meanwhile, or in one of them."""
+    first = path.relative_to(out.parent).parts[:1] if path.is_relative_to(out.parent) else ()
+    return path == out.parent or any(p == out.name or p.startswith(f".{out.name}.") for p in first)

@@ -11,7 +11,7 @@ from ..passes.constants import widened
 from ..passes.rewriting import Rewriter, captured
 from .draft import Draft
 from .floats import WIDE
-from .renaming import renamed
+from .onnxstream.renaming import renamed
 
 
 def read(source: Path) -> Draft:

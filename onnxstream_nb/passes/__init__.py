@@ -33,6 +33,7 @@ from onnxstream_nb.passes import (
     swish,
     tables,
     tanh,
+    uint8_matrices,
 )
 from onnxstream_nb.passes.facts import Read
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
@@ -50,9 +51,10 @@ _CLEANING = (constants, identity, common, reshapes, dead)
 _ROUNDS = 4
 
 _FUSIONS = (
-    integer_products.rewrite, quantised.rewrite, tables.rewrite, expands.rewrite, tanh.rewrite,
-    layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite, rotary.rewrite, heads.rewrite_rotary,
-    attention.rewrite, grouped.rewrite, past.rewrite, heads.rewrite_attention, swish.rewrite,
+    integer_products.rewrite, quantised.rewrite, tables.rewrite, uint8_matrices.rewrite,
+    expands.rewrite, tanh.rewrite, layer_norm.rewrite, rms_norm.rewrite, gelu.rewrite,
+    rotary.rewrite, heads.rewrite_rotary, attention.rewrite, grouped.rewrite,
+    past.rewrite, heads.rewrite_attention, swish.rewrite,
 )  # fmt: skip
 
 

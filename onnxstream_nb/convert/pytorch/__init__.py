@@ -1,0 +1,1 @@
+"""PyTorch models in: exported by either exporter, and compared."""
