@@ -44,7 +44,7 @@ class Told(logging.Handler):
             yield
         finally:
             with self._locked():
-                lines, self._waiting = self._waiting, None
+                lines, self._waiting = self._waiting or [], None
             for line in lines:
                 print(line, file=sys.stderr, flush=True)
 
