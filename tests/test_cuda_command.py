@@ -19,6 +19,7 @@ from streamed_chat import CHATML
 from onnxstream_nb import Model, cli
 from onnxstream_nb.cli.main import parse
 from onnxstream_nb.cli.options import on_gpu
+from onnxstream_nb.device import format_size
 from onnxstream_nb.drafting import left_beside
 from onnxstream_nb.errors import UsageError
 from onnxstream_nb.generation import Stats
@@ -174,7 +175,7 @@ def test_the_footer_says_it(model: Path, devices: list[FakeDevice]) -> None:
     with Model.load(model, device="cuda") as opened:
         reply = opened.generate("hello", max_tokens=2)
         list(reply)
-    assert "148 kB of weights on the GPU" in footer_parts(reply.stats)
+    assert f"{format_size(MATRICES)} of weights on the GPU" in footer_parts(reply.stats)
     assert not any("GPU" in part for part in footer_parts(Stats()))
 
 
