@@ -1,4 +1,4 @@
-"""What this machine can do: cores, memory, processor features, CUDA. Sizes are in bytes.
+"""What this machine can do: cores, memory, processor features. Sizes are in bytes.
 
 A container's limits count as the machine's: a control group's CPU quota and memory limit, version 1
 or 2, are read where Linux mounts them. Nothing heavy is imported until the question is asked.
@@ -102,16 +102,6 @@ def cpu_features() -> frozenset[str]:
         return frozenset()
     without_avx = os.environ.get("NUMBA_ENABLE_AVX") == "0"
     return frozenset(n for n, on in found.items() if on and not (without_avx and n[:3] == "avx"))
-
-
-@cache
-def cuda_available() -> bool:
-    """Whether Numba finds a CUDA driver and a device (imports numba)."""
-    try:
-        from numba import cuda
-    except ImportError:
-        return False
-    return bool(cuda.is_available())
 
 
 def disk_free(path: str | Path) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .device import current_rss, format_size
+from .device import current_rss, format_size, parse_size
 from .errors import MemoryBudgetError, UsageError
 from .progress import Report, of_download
 
@@ -45,6 +45,7 @@ def open_draft(
     threads: int | None,
     context: int | None,
     device: str,
+    cuda: int | str,
     progress: Report,
 ) -> LanguageModel:
     """The draft model `name` for `model`; under a budget all of it is kept in memory.
@@ -72,12 +73,21 @@ def open_draft(
         threads=threads,
         context=min(own_context, context or own_context),
         device=device,
+        cuda=cuda,
         progress=lambda text, part: progress(f"draft model: {text}", part),
     )
     if ram is not None:  # all of it is there before the rest of the budget is worked out
         draft.feed([0])
         draft.rewind(0)
     return draft
+
+
+def left_beside(draft: LanguageModel, cuda: int | str) -> int | str:
+    """What of a GPU's budget (see Session) a draft model leaves."""
+    if cuda in ("auto", "all"):
+        return cuda  # of what is free then
+    budget = parse_size(cuda, "--cuda") if isinstance(cuda, str) else cuda
+    return max(0, budget - draft.gpu_bytes)
 
 
 @contextmanager

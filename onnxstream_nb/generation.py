@@ -51,7 +51,8 @@ class Stats:
     cache. `completion_tokens` counts the token that ended the reply. `ttft_s` runs from the call
     to the first token. `decode_s` is the time inside the model after the first token, `passes` are
     those over the weights: one a token, fewer where guesses were read with it (`drafted`) and were
-    right (`accepted`). `bytes_read` were streamed from disk for it.
+    right (`accepted`). `bytes_read` were streamed from disk for it; `gpu_bytes` of
+    weights lay on a GPU when it ended.
     `stop_reason` is eos, stop, length, context or interrupted, and empty while generating.
     """
 
@@ -66,6 +67,7 @@ class Stats:
     ttft_s: float = 0.0
     load_s: float = 0.0
     bytes_read: int = 0
+    gpu_bytes: int = 0
     peak_rss_mb: float = 0.0
     stop_reason: str = ""
 
@@ -158,6 +160,7 @@ class Generation(Work, Iterator[Token]):
             self._decoder.forget_guesses()
             self.stats.stop_reason = reason
             self.stats.peak_rss_mb = _peak_rss_mb()
+            self.stats.gpu_bytes = self._model.llm.gpu_bytes
 
     def __iter__(self) -> Generation:
         return self

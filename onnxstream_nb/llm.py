@@ -159,6 +159,11 @@ class LanguageModel:
         stream = self.session.stream
         return stream.bytes_read if stream is not None else 0
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of weights that lie on a GPU; 0 without one."""
+        return self.session.gpu_bytes
+
     def reading(self) -> Reading | None:
         """The pass under way, for whoever looks from another thread; None between two."""
         tokens, wanted, now = len(self.tokens), self._wanted, self._now

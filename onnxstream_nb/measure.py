@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, device, registry, ui
+from .cli.options import on_gpu
 from .errors import UsageError
 from .graph import Graph
 from .progress import Report, of_download
@@ -134,24 +135,27 @@ def measure(
         packed=hub.packed_dir() if options["keep_packed"] else None,
         context=max(case.context for case in cases),
         progress=report,
+        **on_gpu(options),
     )
     load_s = time.perf_counter() - started
     try:
         results = [run_case(llm, case, options["repetitions"], report) for case in cases]
         per_token, precision = int(llm.bytes_per_token), llm.precision
-        spilled = llm.spilled_bytes
+        spilled, on_device = llm.spilled_bytes, llm.gpu_bytes
     finally:
         llm.close()
     report("measuring read bandwidth", None)
     bandwidth = read_bandwidth(per_token, threads)
     return {
-        "model": name, "size_bytes": size, "params": params, "backend": "CPU",
+        "model": name, "size_bytes": size, "params": params,
+        "backend": "CUDA" if on_device else "CPU", "gpu_bytes": on_device,
         "threads": threads, "precision": precision, "load": options["load"],
         "kv_cache": options["kv_cache"], "kv_spilled_bytes": spilled, "load_s": round(load_s, 3),
         "repetitions": options["repetitions"],
         "tests": [asdict(r) for r in results],
         "bytes_per_token": per_token, "read_bandwidth": bandwidth,
-        "decode_share": decode_share(results, per_token, bandwidth),
+        # What lies on a GPU is not read at the speed of this memory.
+        "decode_share": None if on_device else decode_share(results, per_token, bandwidth),
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1),
         "cpu": device.cpu_name(), "version": __version__,
     }  # fmt: skip

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from .device import parse_size
-from .drafting import beside, guesses_a_pass, open_draft
+from .drafting import beside, guesses_a_pass, left_beside, open_draft
 from .errors import UsageError
 from .generation import Generation, Host, Stats, Token
 from .progress import Report, of_download
@@ -67,6 +67,7 @@ class Model:
         ram: int | str | None = None,
         threads: int | None = None,
         device: str = "cpu",
+        cuda: int | str = "auto",
         context: int | None = None,
         precision: str = "auto",
         kv_cache: str = "f16",
@@ -90,6 +91,8 @@ class Model:
         it 7 when weights are streamed, and none when they are in memory. Neither changes a greedy
         text, nor how likely any text is: a seed gives the same text at any `speculate`, but another
         one with a draft model.
+        With the `device` "cuda" weights lie on a GPU, the draft model's first, as many as fit the
+        budget `cuda` (as for `Session`); where there is none, the log says so and the CPU is used.
         Errors: any `OnnxstreamError`, whose message says what to do.
         """
         report = progress or (lambda text, fraction: None)
@@ -108,14 +111,15 @@ class Model:
             if draft is not None:
                 drafter = open_draft(
                     str(draft), found, tokenizer, ram=budget, threads=threads, context=context,
-                    device=device, progress=report,
+                    device=device, cuda=cuda, progress=report,
                 )  # fmt: skip
                 undo.callback(drafter.close)
+                cuda = left_beside(drafter, cuda)
             with beside(drafter, budget) as rest:
                 llm = LanguageModel(
                     found.path, load=load, ram=rest, threads=threads, context=context,
                     precision=precision, kv_cache=kv_cache, kv_spill=spill_dir(kv_spill),
-                    packed=packed, device=device, sequences=sequences, progress=report,
+                    packed=packed, device=device, cuda=cuda, sequences=sequences, progress=report,
                 )  # fmt: skip
             undo.callback(llm.close)
             model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)

@@ -157,10 +157,15 @@ class Session:
     @property
     def stream(self) -> StreamProvider | None:
         """The provider, when it reads some weights anew in every run."""
-        provider = self.provider
+        provider = getattr(self.provider, "host", self.provider)  # beside a GPU, the CPU's
         if isinstance(provider, StreamProvider) and provider.bytes_a_pass:
             return provider
         return None
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Bytes of weights that lie on a GPU, and are used there."""
+        return int(getattr(self.provider, "bytes_in_use", 0))
 
     def run(
         self,

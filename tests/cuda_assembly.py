@@ -51,8 +51,9 @@ def can_assemble() -> bool:
     return bool(find_spec("numba_cuda") and tool("ptxas") and tool("nvdisasm"))
 
 
+@cache
 def assembly(kernel: CudaKernel, capability: tuple[int, int]) -> Assembly:
-    """The machine code of a kernel."""
+    """The machine code of a kernel, which is made once."""
     ptx = kernel.ptx(capability)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")

@@ -61,7 +61,7 @@ class FakeLLM:
     tokens that it held. It says that each chunk streams `pass_bytes`, evenly over the delay.
     """
 
-    streams, every_position = False, True
+    streams, every_position, gpu_bytes = False, True, 0
 
     def __init__(
         self,

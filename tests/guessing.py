@@ -20,7 +20,7 @@ Rule = Callable[[Sequence[int]], Sequence[float]]
 class RuleLLM:
     """Logits by a rule. `fed` are the ids of each pass; what is read too far is an error."""
 
-    every_position = True
+    every_position, gpu_bytes = True, 0
 
     def __init__(self, rule: Rule, vocab: int, context: int = 10_000, streams: bool = True) -> None:
         self.rule, self.vocab_size, self.context, self.streams = rule, vocab, context, streams

@@ -291,7 +291,7 @@ def test_generate_json(fake: FakeModel, capsys: pytest.CaptureFixture[str]) -> N
         "text": "Paris ✓", "tokens": [100, 101, 102], "prompt_tokens": 3, "completion_tokens": 3,
         "passes": 0, "drafted": 0, "accepted": 0,
         "prefill_tps": 6.0, "decode_tps": 10.0, "ttft_s": 0.6, "load_s": 0.25,
-        "bytes_read": 0, "peak_rss_mb": 100.5, "stop_reason": "eos",
+        "bytes_read": 0, "gpu_bytes": 0, "peak_rss_mb": 100.5, "stop_reason": "eos",
     }  # fmt: skip
     assert out.count("\n") == 1
     assert fake.asked == {

@@ -105,7 +105,7 @@ class FakeLanguageModel:
         type(self).made = self
         self.graph, self.options, self.closed = graph, options, False
         self.vocab_size, self.bytes_per_token, self.tokens = 99, 5000, 0
-        self.spilled_bytes = 0
+        self.spilled_bytes = self.gpu_bytes = 0
         self.precision = "exact"
         self.feeds: list[tuple[int, int]] = []
         self.clock = 0.0

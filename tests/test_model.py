@@ -394,12 +394,13 @@ def test_load_resolves_reports_and_passes_every_option(
     monkeypatch.setattr("onnxstream_nb.tokenizer.load_tokenizer", lambda path: FakeTokenizer())
     said: list[tuple[str, float | None]] = []
     model = Model.load(
-        "some", load="ram", ram=5, threads=2, context=99, kv_cache="q8",
-        kv_spill="there", sequences=3, progress=lambda *a: said.append(a),
+        "some", load="ram", ram=5, threads=2, context=99, kv_cache="q8", device="cuda",
+        cuda="2GB", kv_spill="there", sequences=3, progress=lambda *a: said.append(a),
     )  # fmt: skip
     assert (model.name, model.path, model.context) == ("some", tmp_path, 99)
     assert seen == {
-        "path": tmp_path, "load": "ram", "ram": 5, "threads": 2, "context": 99, "device": "cpu",
+        "path": tmp_path, "load": "ram", "ram": 5, "threads": 2, "context": 99,
+        "device": "cuda", "cuda": "2GB",
         "precision": "auto", "kv_cache": "q8", "kv_spill": Path("there"), "packed": None,
         "sequences": 3,
     }  # fmt: skip

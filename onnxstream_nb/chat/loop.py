@@ -11,7 +11,7 @@ from typing import Any
 from .. import __version__
 from ..errors import Interrupted, OnnxstreamError
 from ..model import Generation, Model, Token
-from ..ui import Terminal
+from ..ui import Terminal, held
 from .commands import ALIASES, COMMANDS, describe, run_command
 from .conversation import Conversation, check_settings
 from .line_input import Entry, LineInput, open_input
@@ -217,7 +217,7 @@ class Chat:
 
         reply = self._terminal.reply(generation.progress)
         try:
-            with interrupts(generation.stop), no_echo():
+            with held(), interrupts(generation.stop), no_echo():
                 try:
                     for token in self._worker.run(work):
                         if token is None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .options import on_gpu
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
@@ -49,14 +50,15 @@ def stream(run: Iterable[Token], progress: Callable[[], ReplyProgress]) -> None:
 
     When a token takes long, `progress` tells what it waits for, which is shown on stderr.
     """
-    from ..ui import Terminal
+    from ..ui import Terminal, held
     from ..ui.text import clean
 
     on_terminal = sys.stdout.isatty()
-    with Terminal().streamed(progress) as write:
-        for token in run:
-            write(clean(token.text) if on_terminal else token.text)
-    print()
+    with held():
+        with Terminal().streamed(progress) as write:
+            for token in run:
+                write(clean(token.text) if on_terminal else token.text)
+        print(flush=True)
 
 
 def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def generation_report(tokens: Sequence[Token], run: Generation) -> dict[str, Any
         "ttft_s": round(stats.ttft_s, 4),
         "load_s": round(stats.load_s, 4),
         "bytes_read": stats.bytes_read,
+        "gpu_bytes": stats.gpu_bytes,
         "peak_rss_mb": round(stats.peak_rss_mb, 1),
         "stop_reason": stats.stop_reason,
     }
@@ -113,7 +116,7 @@ def loading(options: Mapping[str, Any]) -> dict[str, Any]:
         "speculate",
     )  # fmt: skip
     packed = hub.packed_dir() if options["keep_packed"] else None
-    return {name: options[name] for name in names} | {"packed": packed}
+    return {name: options[name] for name in names} | {"packed": packed} | on_gpu(options)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import __version__, device
 from ..device import format_size
+from ..errors import OnnxstreamError
 from .options import Option
 from .verbs import DEBUG, VERBS
 
@@ -158,8 +159,29 @@ def caches() -> Iterator[Check]:
 
 
 def cuda() -> Iterator[Check]:
-    """Whether a CUDA device can be used; none is no problem."""
-    yield Check("cuda", "ok", "available" if device.cuda_available() else "none; the CPU is used")
+    """Whether a GPU can be used by --cuda, and what that lacks; no GPU is no problem."""
+    from ..gpu import driver, found
+
+    parts = found.parts()
+    if found.driver_version() is None and not found.has_gpu():
+        yield Check("cuda", "ok", "none; the CPU is used")
+        return
+    for part in parts:
+        state = "note" if part.remedy else "ok"
+        yield Check(part.name, state, part.detail, part.remedy and f"for --cuda: {part.remedy}")
+    if any(part.remedy for part in parts):
+        yield Check("cuda", "ok", "cannot be used yet; the CPU is used")
+        return
+    try:
+        gpu = driver.CudaDevice()
+        room = f"{format_size(gpu.free())} free of {format_size(gpu.memory)}"
+    except OnnxstreamError as error:
+        remedy = "nvidia-smi shows what the driver finds; CUDA_VISIBLE_DEVICES may hide it"
+        yield Check("cuda", "note", f"{error}; the CPU is used", remedy)
+        return
+    major, minor = gpu.capability
+    yield Check("cuda", "ok", f"{gpu.name}, capability {major}.{minor}, {room}")
+    gpu.close()
 
 
 def terminal() -> Iterator[Check]:

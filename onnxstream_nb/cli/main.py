@@ -9,7 +9,7 @@ import difflib
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -82,14 +82,20 @@ def _run(arguments: list[str]) -> int:
     options = parse(name, rest, os.environ)
     module, _, function = verb.run.partition(":")
     command = getattr(import_module(f"..{module}", __package__), function)
-    if options.get("trace"):
-        from .. import trace
+    from ..ui import telling
 
-        with trace.tracing() as recorded:
-            code = int(command(options))
-        print(recorded.table(), file=sys.stderr)
-        return code
-    return int(command(options))
+    with telling():
+        return _traced(command, options) if options.get("trace") else int(command(options))
+
+
+def _traced(command: Callable[[Mapping[str, Any]], int], options: Mapping[str, Any]) -> int:
+    """Run a verb, and print the time and bytes of each operator."""
+    from .. import trace
+
+    with trace.tracing() as recorded:
+        code = int(command(options))
+    print(recorded.table(), file=sys.stderr)
+    return code
 
 
 def parse(name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:

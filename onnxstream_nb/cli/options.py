@@ -121,6 +121,34 @@ def size(given: str, source: str) -> int:
     return parse_size(given, source)
 
 
+def gigabytes(given: str, source: str) -> int | str:
+    """Bytes of a GPU's memory: `4GB`, or `4` for as much; 0 for none; or `auto` or `all`."""
+    word = given.strip()
+    if word.lower() in ("auto", "all"):
+        return word.lower()
+    try:
+        plain = float(word)
+    except ValueError:
+        plain = -1.0
+    if plain == 0:
+        return 0
+    if word.replace(".", "", 1).isdecimal():
+        return int(plain * 10**9)
+    try:
+        return int(size(given, source))
+    except UsageError:
+        raise UsageError(
+            f"{source}: {given!r} is no part of a GPU's memory; write a number of gigabytes, a size"
+            " such as 512MB, auto or all"
+        ) from None
+
+
+def on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What --cuda asks for, as LanguageModel and Model.load take it; nothing without it, or of
+    none of a GPU's memory."""
+    return {"device": "cuda", "cuda": options["cuda"]} if options["cuda"] else {}
+
+
 def whole(minimum: int, maximum: int | None = None) -> Parse:
     """A whole number of at least `minimum`, and at most `maximum`."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__, device
 from ..errors import MemoryBudgetError, ModelError, UsageError
 from ..progress import Report, of_download
+from .options import on_gpu
 
 if TYPE_CHECKING:
     from ..hub import Resolved
@@ -127,7 +128,7 @@ def open_reader(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
             precision=precision, kv_cache=options["kv_cache"],
             kv_spill=hub.spill_dir(options["kv_spill"]), progress=report,
-            packed=hub.packed_dir() if options["keep_packed"] else None,
+            packed=hub.packed_dir() if options["keep_packed"] else None, **on_gpu(options),
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:
@@ -195,6 +196,7 @@ def document(
         "reference": compared[0] if compared else None,
         "tokens_read": model.tokens, "seconds": round(model.seconds, 3),
         "tokens_per_s": round(model.tokens / model.seconds, 2),
+        "gpu_bytes": sum(reader.llm.gpu_bytes for reader in readers),
         "threads": options["threads"] or device.physical_cores(), "load": options["load"],
         "peak_rss_mb": round(device.peak_rss() / 1e6, 1),
         "cpu": device.cpu_name(), "version": __version__,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .conversions import CONVERT, EXPORT, QUANTIZE, VOCAB
-from .options import Option, choice, dimension, number, numbers, size, text, truth, whole
+from .options import Option, choice, dimension, gigabytes, number, numbers, size, text, truth, whole
 
 INFINITY = float("inf")
 
@@ -43,6 +43,13 @@ KEEP_PACKED = Option(
     truth,
     default=False,
 )
+CUDA = Option(
+    ("--cuda",),
+    "keep weights on an NVIDIA GPU, and multiply them there: gigabytes of its memory or a size,"
+    " auto or all for what is free; without a GPU, the CPU is used",
+    gigabytes,
+    "N",
+)
 LOADING = (
     Option(
         ("--load",),
@@ -53,6 +60,7 @@ LOADING = (
         default="auto",
     ),
     Option(("--ram",), "most memory to use, for example 2GB; the rest is streamed", size, "SIZE"),
+    CUDA,
     THREADS,
     PRECISION,
     KV_CACHE,

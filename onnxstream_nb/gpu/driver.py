@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import UnsupportedError
 from .device import Array, DeviceError, DeviceMemoryError, Graph, Grid, Stream
+from .found import INSTALL, parts
 
-INSTALL = "pip install 'onnxstream_nb[cuda]'"
 LEAST = (7, 5)  # compute capability: tensor cores that take halves
 _NUMBERS: Mapping[str, Any] = {
     "a": ctypes.c_int64,
@@ -147,16 +147,12 @@ def _three(sizes: Grid) -> tuple[int, int, int]:
 
 
 def _driver() -> Any:
-    """cuda.bindings.driver, if it and NVIDIA's driver are here."""
+    """cuda.bindings.driver, if it and all that kernels need is here."""
+    for part in parts():
+        if part.remedy:
+            raise UnsupportedError(f"{part.detail}: {part.remedy}")
     try:
         import cuda.bindings.driver as driver
     except ImportError as error:
-        raise UnsupportedError(f"--cuda needs more packages: {INSTALL} ({error})") from error
-    try:
-        driver.cuDriverGetVersion()
-    except RuntimeError as error:
-        raise UnsupportedError(
-            "no NVIDIA driver was found: install it, or leave --cuda out, and the CPU is used "
-            f"({error})"
-        ) from error
+        raise UnsupportedError(f"cuda-bindings is not installed ({error}): {INSTALL}") from error
     return driver

@@ -10,7 +10,7 @@ from ..device import format_size, parse_size
 from ..errors import UnsupportedError, UsageError
 from ..graph import WeightRef
 from ..weights import WeightsProvider
-from .device import Device
+from .device import Device, DeviceError
 from .provider import RESERVE, WORK, CudaProvider, chosen
 
 log = logging.getLogger("onnxstream_nb")
@@ -50,10 +50,10 @@ def open_gpu(cuda: int | str, device: Callable[[], Device] | None = None) -> Gpu
     wanted = _budget(cuda)
     try:
         found = _first() if device is None else device()
-    except UnsupportedError as error:
-        log.warning("--cuda: %s", error)
+        most = max(0, found.free() - RESERVE - WORK)
+    except (UnsupportedError, DeviceError) as error:  # a driver without a GPU refuses to begin
+        log.warning("--cuda: %s; the CPU is used", error)
         return None
-    most = max(0, found.free() - RESERVE - WORK)
     return Gpu(found, most if wanted is None else min(wanted, most))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -88,6 +89,15 @@ class CudaProvider:
     def get(self, ref: WeightRef) -> Any:
         placed = self._placed.get(ref.matrix)
         return self.host.get(ref) if placed is None else placed
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of matrices that products take from the device; 0 once it has failed."""
+        return 0 if self.lanes.broken else self.nbytes
+
+    def stop_on(self, stop: threading.Event | None) -> None:
+        """What of the host's waits for the disk may be given up when this is set."""
+        getattr(self.host, "stop_on", lambda stop: None)(stop)
 
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """Only what is not on the device has to be read."""

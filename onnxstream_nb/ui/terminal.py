@@ -43,6 +43,7 @@ class ReplyStats(Protocol):
     accepted: int
     ttft_s: float
     bytes_read: int
+    gpu_bytes: int
     peak_rss_mb: float
     stop_reason: str
 
@@ -88,6 +89,8 @@ def footer_parts(stats: ReplyStats) -> list[str]:
     if stats.bytes_read:
         streamed, rate = format_size(stats.bytes_read), format_size(stats.read_bps)
         parts.append(f"streamed {streamed} at {rate}/s")
+    if stats.gpu_bytes:
+        parts.append(f"{format_size(stats.gpu_bytes)} of weights on the GPU")
     parts.append(f"peak {_megabytes(stats.peak_rss_mb)}")
     if stats.stop_reason in _REASONS:
         parts.append(_REASONS[stats.stop_reason])
