@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from cuda_arrays import Array, placed, poisoned
 
-from onnxstream_nb.kernels import cuda_penalties, cuda_sampling
+from onnxstream_nb.kernels import cuda_penalties, cuda_sampling, cuda_survey
 from onnxstream_nb.kernels.cuda_simulator import ORDERS, simulate
 from onnxstream_nb.sampling import Sampler, SamplingParams, log_sum_exp, penalise
-
-LOG2E = cuda_sampling.LOG2E
 
 
 class Fixed:
@@ -35,10 +33,10 @@ def launch(
 
 
 def surveyed(logits: Array, order: str = "forwards") -> tuple[Array, Array]:
-    blocks = -(-logits.size // cuda_sampling.SURVEYED)
-    maxima = poisoned(-(-logits.size // cuda_sampling.CHUNK))
-    parts = poisoned(blocks, cuda_sampling.PART // 4)
-    launch(cuda_sampling.survey, blocks, [logits, maxima, parts], [logits.size], order)
+    blocks = -(-logits.size // cuda_survey.SURVEYED)
+    maxima = poisoned(-(-logits.size // cuda_survey.CHUNK))
+    parts = poisoned(blocks, cuda_survey.PART // 4)
+    launch(cuda_survey.survey, blocks, [logits, maxima, parts], [logits.size], order)
     return maxima, parts
 
 
@@ -50,7 +48,7 @@ def drawn(
     share = float(1 << cuda_sampling.SHARE_BITS)
     room, token = poisoned(2 * logits.size), placed(np.array([-1]))
     place = placed(np.array([int(uniform * share)]))
-    least = math.log(params.min_p) if params.min_p else cuda_sampling.LOWEST
+    least = math.log(params.min_p) if params.min_p else cuda_survey.LOWEST
     launch(
         cuda_sampling.draw, 1, [logits, maxima, parts, room, place, token],
         [logits.size, params.top_k, int(params.top_p * share), least, 1 / params.temperature],
@@ -70,10 +68,10 @@ def test_the_largest_and_its_probability(v: int, order: str) -> None:
     logits = random(v)
     _, parts = surveyed(logits, order)
     token, result = placed(np.array([-1])), poisoned(1)
-    launch(cuda_sampling.take_largest, 1, [parts, token], [len(parts)], order)
+    launch(cuda_survey.take_largest, 1, [parts, token], [len(parts)], order)
     assert token[0] == np.argmax(logits)
     other = placed(np.array([v // 2]))
-    launch(cuda_sampling.log_probability, 1, [logits, parts, other, result], [len(parts)], order)
+    launch(cuda_survey.log_probability, 1, [logits, parts, other, result], [len(parts)], order)
     np.testing.assert_allclose(result[0], logits[v // 2] - log_sum_exp(logits), rtol=0, atol=4e-6)
 
 
@@ -84,7 +82,7 @@ def test_of_equal_ones_the_first(places: tuple[int, ...]) -> None:
     logits[list(places)] = [-0.0, 0.0, -0.0][: len(places)]
     _, parts = surveyed(logits)
     token = placed(np.array([-1]))
-    launch(cuda_sampling.take_largest, 1, [parts, token], [len(parts)])
+    launch(cuda_survey.take_largest, 1, [parts, token], [len(parts)])
     assert token[0] == min(places)
 
 
@@ -94,7 +92,7 @@ def test_a_logit_that_is_none_shows() -> None:
     _, parts = surveyed(logits)
     token, result = placed(np.array([3])), poisoned(1)
     result[0] = 0
-    launch(cuda_sampling.log_probability, 1, [logits, parts, token, result], [len(parts)])
+    launch(cuda_survey.log_probability, 1, [logits, parts, token, result], [len(parts)])
     assert np.isnan(result[0])
 
 
