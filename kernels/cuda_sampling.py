@@ -1,6 +1,7 @@
 """The next token, chosen on a GPU from its logits: onnxstream_nb/sampling.py's meaning and order.
 
-Dims: V logits (at most 2 ** 18) of one position, in C chunks of CHUNK (cuda_survey.py); N candidates among them.
+Dims: V logits (at most 2 ** 18) of one position, in C chunks of CHUNK (cuda_survey.py); N
+candidates among them.
 
 Top-k, top-p and min-p each keep the first ones in the order of falling logits, of equal ones the
 lowest ids; so what is kept is known by one logit, as an ordered integer (`key`), and the last place
@@ -24,7 +25,6 @@ from .cuda_select_prims import (
 from .cuda_survey import CHUNK, LOG2E, LOWEST, SURVEYED, WORD, largest_of
 
 THREADS = 512
-MOST = 1 << 18  # V
 SHARE_BITS = 31
 ONE = 2.0**38  # the weight of the largest logit
 LIMB = 13  # bits: sums of 2 ** 18 numbers of so many fit an int32
