@@ -60,8 +60,9 @@ def survey(logits, maxima, parts, v):
         mine = max(mine, shared_i64(base + 8 * warp))
     cuda.syncthreads()
     top, summed = load_f32(logits + 4 * (WORD - (mine & WORD))), float32(0)
+    unit = max(top, float32(LOWEST))  # where all are banned, -infinity less itself is none
     for j in range(EACH):
-        summed += exp2((values[j] - top) * float32(LOG2E))
+        summed += exp2((values[j] - unit) * float32(LOG2E))
     summed = block_sum(summed)
     if thread == 0:
         at = parts + PART * block
