@@ -60,10 +60,10 @@ copy_rows = make_copy_rows(copy_async)
 
 
 @device
-def store_pair(y, row, column, m, n, first, second):
+def store_pair(y, row, column, m, n, pitch, first, second):
     """Two neighbours of a row of the result, as far as they are inside."""
     if row < m:
-        at = y + 4 * (int64(row) * n + column)
+        at = y + 4 * (int64(row) * pitch + column)
         if column < n:
             store_f32(at, first)
         if column + 1 < n:
@@ -83,10 +83,10 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages, since=(8, 0)):
     sums = 8 * tall * wide
 
     @cuda_kernel(
-        "aaaiii", name=name, threads=threads, resident=1, shared=stages * stage, since=since
+        "aaaiiii", name=name, threads=threads, resident=1, shared=stages * stage, since=since
     )
-    def gemm(x, w, y, m, n, k):
-        """x (M, K) float16, w (N, K) float16 -> y (M, N) float32."""
+    def gemm(x, w, y, m, n, k, pitch):
+        """x (M, K) float16, w (N, K) float16 -> y (M, N) float32, of rows of `pitch`."""
         total = cuda.local.array(sums, float32)
         for i in range(sums):
             total[i] = float32(0)
@@ -136,8 +136,8 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages, since=(8, 0)):
         for i in range(tall):
             for j in range(2 * wide):
                 o, c = 4 * (2 * i * wide + j), column + 8 * j
-                store_pair(y, row + 16 * i, c, m, n, total[o], total[o + 1])
-                store_pair(y, row + 16 * i + 8, c, m, n, total[o + 2], total[o + 3])
+                store_pair(y, row + 16 * i, c, m, n, pitch, total[o], total[o + 1])
+                store_pair(y, row + 16 * i + 8, c, m, n, pitch, total[o + 2], total[o + 3])
 
     return gemm
 

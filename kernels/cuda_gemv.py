@@ -4,14 +4,18 @@ Dims: M rows of x, N columns of the result, K inner, B elements along K that sha
 matrix is stored as N rows of K, its scales as N rows of K / B; rows begin at multiples of 16 bytes,
 and K is a multiple of 32: what is shorter is filled up with zeros.
 
+A weight is d q, or d q plus an offset, which is the same for a block: then the block's scale has a
+second float16 behind it, either the offset itself ("m": of unsigned q) or the whole number z of an
+offset d z ("z": of signed q).
+
 The matrix is read once, from memory, so its loads decide: 16 bytes a lane, several under way before
 the first is used. A warp computes one column for all M rows.
 """
 
 from .cuda_kernel import cuda_kernel, device
 from .cuda_prims import (
-    bits_of_f32, cuda, float32, halves, int32, int64, load_128, load_f16, nibbles, signed_bytes,
-    store_f32, stream_128, warp_sum,
+    bits_of_f32, cuda, float32, halves, int32, int64, load_128, load_f16, load_u32, nibbles,
+    signed_bytes, store_f32, stream_128, warp_sum,
 )  # fmt: skip
 
 WARPS = 4  # of a block, which is (32, WARPS) threads
@@ -74,6 +78,28 @@ def dot_i4(words, x, scale):
 
 
 @device
+def sum_of(x, count):
+    """The sum of (4 count,) float32 at x."""
+    total = float32(0)
+    for i in range(count):
+        u = four(x + 16 * i)
+        total += u[0] + u[1] + (u[2] + u[3])
+    return total
+
+
+@device
+def dot_i8_offset(words, x, scale):
+    """As dot_i8, where a scale is a pair: also an offset, times the sum of x."""
+    return dot_i8(words, x, scale[0]) + scale[1] * sum_of(x, 4)
+
+
+@device
+def dot_i4_offset(words, x, scale):
+    """As dot_i4, where a scale is a pair: also an offset, times the sum of x."""
+    return dot_i4(words, x, scale[0]) + scale[1] * sum_of(x, 8)
+
+
+@device
 def no_scale(scales, i):
     """Of weights that have none."""
     return float32(1)
@@ -85,21 +111,36 @@ def block_scale(scales, i):
     return load_f16(scales + 2 * (i // BLOCK))
 
 
-def make_gemv(encoding, dot, scale_of, per, bits, rows):
+@device
+def scale_with_minimum(scales, i):
+    """A block's scale, and its offset where q are unsigned ones, less 8."""
+    pair = halves(load_u32(scales + 4 * (i // BLOCK)))
+    return pair[0], pair[1] + float32(8) * pair[0]
+
+
+@device
+def scale_with_zero(scales, i):
+    """A block's scale, and its offset as a multiple of it."""
+    pair = halves(load_u32(scales + 4 * (i // BLOCK)))
+    return pair[0], pair[0] * pair[1]
+
+
+def make_gemv(encoding, dot, scale_of, per, bits, scale_bytes, rows):
     """The kernel for `rows` (M) rows and matrices of `bits` a weight, `per` weights a load."""
     step, unrolled = 32 * per, 4 if rows < 4 and per < 32 else 2
     resident = {1: 7, 2: 4, 4: 3, 8: 2}[rows]
 
     @cuda_kernel("aaaail", name=f"gemv_{encoding}_{rows}", threads=32 * WARPS, resident=resident)
     def gemv(x, w, scales, y, n, k):
-        """x (M, K) float32, w (N, K), scales (N, K / B) float16 -> y (M, N) float32."""
+        """x (M, K) float32, w (N, K), scales (N, K / B) of one float16 or two -> y (M, N)
+        float32."""
         column = int32(cuda.blockIdx.x) * WARPS + int32(cuda.threadIdx.y)
         if column < n:
             total = cuda.local.array(rows, float32)
             for m in range(rows):
                 total[m] = float32(0)
             row = w + int64(column) * k * bits // 8
-            scale_row = scales + 2 * (int64(column) * k // BLOCK)
+            scale_row = scales + scale_bytes * (int64(column) * k // BLOCK)
             i = int64(cuda.threadIdx.x) * per
             while i + (unrolled - 1) * step < k:
                 at = row + i * bits // 8
@@ -129,13 +170,18 @@ def make_gemv(encoding, dot, scale_of, per, bits, rows):
 
 
 ROWS = (1, 2, 4, 8)
+ENCODINGS = {
+    "f16": (dot_f16, no_scale, 8, 16, 0),
+    "i8": (dot_i8, block_scale, 16, 8, 2),
+    "i4": (dot_i4, block_scale, 32, 4, 2),
+    "i8z": (dot_i8_offset, scale_with_zero, 16, 8, 4),
+    "i4z": (dot_i4_offset, scale_with_zero, 32, 4, 4),
+    "i4m": (dot_i4_offset, scale_with_minimum, 32, 4, 4),
+}
+"""Encoding -> products, scales, weights a load, bits a weight, bytes of a block's scale."""
 GEMV = {
     (encoding, rows): make_gemv(encoding, *how, rows)
-    for encoding, how in {
-        "f16": (dot_f16, no_scale, 8, 16),
-        "i8": (dot_i8, block_scale, 16, 8),
-        "i4": (dot_i4, block_scale, 32, 4),
-    }.items()
+    for encoding, how in ENCODINGS.items()
     for rows in ROWS
 }
 """(encoding, M) -> the kernel."""

@@ -2,10 +2,10 @@
 
 Dims: M rows, K common, N columns; leading dims as NumPy's.
 
-A matrix is uploaded once, as N rows of K filled up to a multiple of 32: halves, or integers of 8 or
-4 bits with float16 scales where it is stored as such. A product begins at once and goes on by
-itself: what comes back is waited for when somebody looks at it, so that products of one input
-overlap, and the CPU works meanwhile.
+A matrix is uploaded once (cuda_forms.py). Few rows are multiplied with what is stored; for more of
+them integers become halves first, some rows of the matrix at a time. A product begins at once and
+goes on by itself: what comes back is waited for when somebody looks at it, so that products of one
+input overlap, and the CPU works meanwhile.
 """
 
 import math
@@ -15,67 +15,15 @@ import numpy as np
 from ..registry import op
 from .buffers import contiguous
 from .cuda_elementwise import THREADS, to_half
+from .cuda_forms import form_of, padded
 from .cuda_gemm import GEMM, GEMM_75, GEMM_SMALL
-from .cuda_gemv import BLOCK, GEMV, ROWS, WARPS
+from .cuda_gemv import GEMV, ROWS, WARPS
+from .cuda_widen import WIDEN
 from .lowered import FEW_ROWS
 from .matmul import USES, lower_matmul, matmul, packing_bytes
-from .weight import decode
 
 TILES = {GEMM: (128, 128), GEMM_SMALL: (64, 64), GEMM_75: (128, 64)}  # rows and columns of a block
-
-
-def padded(k):
-    """K as the kernels take it."""
-    return -(-k // BLOCK) * BLOCK
-
-
-def as_halves(weight):
-    """A weight (K, N) as (N, padded K) float16, and no scales."""
-    matrix = decode(weight)
-    k, n = matrix.shape
-    found = np.zeros((n, padded(k)), np.float16)
-    with np.errstate(over="ignore"):
-        found[:, :k] = matrix.T
-    return found, np.zeros(0, np.float16)
-
-
-def _blocks(weight, nbytes):
-    """A block encoding's rows of blocks: their float16 scales (N, K / 32), the rest as bytes."""
-    n, k = weight.ref.stored_shape
-    blocks = weight.buffer.reshape(n, k // BLOCK, nbytes)
-    return np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0], blocks[..., 2:]
-
-
-def as_bytes(weight):
-    """A Q8_0 weight as (N, K) int8 and its scales (N, K / 32)."""
-    scales, rest = _blocks(weight, 34)
-    return np.ascontiguousarray(rest).view(np.int8).reshape(len(rest), -1), scales
-
-
-def as_nibbles(weight):
-    """A Q4_0 weight as (N, K / 8) words (cuda_gemv.py) and its scales (N, K / 32)."""
-    scales, rest = _blocks(weight, 18)
-    elements = np.concatenate([rest & 15, rest >> 4], axis=-1)
-    return words_of(elements.reshape(len(rest), -1)), scales
-
-
-def words_of(elements):
-    """(N, K) in 0 .. 15 -> (N, K / 8) words: of eight, 2 j and 2 j + 1 are nibbles j and j + 4."""
-    eights = elements.astype(np.uint32).reshape(*elements.shape[:-1], -1, 4, 2)
-    shifts = np.array([[4 * j, 4 * j + 16] for j in range(4)], np.uint32)
-    return np.bitwise_or.reduce(eights << shifts, axis=(-2, -1))
-
-
-FORMS = {"q8_0": ("i8", as_bytes, 34), "q4_0": ("i4", as_nibbles, 18)}
-
-
-def form_of(ref):
-    """How a reference is kept: the kernels' encoding, the function that makes it, bytes of it."""
-    k, n = ref.shape
-    if ref.encoding in FORMS and ref.transposed:
-        encoding, make, each = FORMS[ref.encoding]
-        return encoding, make, n * k // BLOCK * each
-    return "f16", as_halves, 2 * n * padded(k)
+STRIP = 16 << 20  # bytes of halves that integers are made into at a time
 
 
 class DeviceMatrix:
@@ -99,19 +47,39 @@ class DeviceMatrix:
         """rows (M, K) -> (M, N), by the CPU."""
         return matmul(rows, self.host())
 
-    def launches(self, x, y, half, m, capability):
+    def scratch(self, m):
+        """The bytes of room that products of M rows need for rows of the matrix in float16."""
+        if m <= FEW_ROWS or self.encoding == "f16":
+            return 0
+        return 2 * padded(self.shape[0]) * self._strip()
+
+    def _strip(self):
+        """How many rows of the matrix are made into halves at a time."""
+        whole, row = self.shape[1], 2 * padded(self.shape[0])
+        return min(whole, max(128, STRIP // row // 128 * 128))
+
+    def launches(self, x, y, half, m, capability, scratch=0):
         """The launches for y (M, N) = x (M, padded K), both float32, and what they need: (kernel,
-        grid, block, arguments). `half` is room for x in float16."""
+        grid, block, arguments). `half` is room for x in float16, `scratch` what `scratch` says."""
         k, n = padded(self.shape[0]), self.shape[1]
-        if m <= FEW_ROWS or self.encoding != "f16":
+        if m <= FEW_ROWS:
             return list(self._few(x, y, m, n, k))
-        kernel = GEMM_75 if capability < (8, 0) else GEMM if m > 64 and n > 1024 else GEMM_SMALL
-        tall, wide = TILES[kernel]
-        return [
-            (to_half, (-(-m * k // THREADS),), (THREADS,), (x, half, m * k)),
-            (kernel, (-(-n // wide), -(-m // tall)), (kernel.threads,),
-             (half, self.address, y, m, n, k)),
-        ]  # fmt: skip
+        found = [(to_half, (-(-m * k // THREADS),), (THREADS,), (x, half, m * k))]
+        if self.encoding == "f16":
+            return [*found, _gemm(half, self.address, y, m, n, k, n, capability)]
+        for first in range(0, n, self._strip()):
+            rows = min(self._strip(), n - first)
+            found.append(self._widened(first, rows, scratch, k))
+            found.append(_gemm(half, scratch, y + 4 * first, m, rows, k, n, capability))
+        return found
+
+    def _widened(self, first, rows, scratch, k):
+        """The launch that makes rows from `first` on into halves."""
+        kernel, per, bits, scale_bytes = WIDEN[self.encoding]
+        loads = rows * k // per
+        where = self.address + first * k * bits // 8, self.scales + first * k // 32 * scale_bytes
+        grid = (-(-loads // kernel.threads),)
+        return kernel, grid, (kernel.threads,), (*where, scratch, loads)
 
     def _few(self, x, y, m, n, k):
         done = 0
@@ -122,11 +90,18 @@ class DeviceMatrix:
             done += rows
 
 
+def _gemm(x, w, y, m, n, k, pitch, capability):
+    """The launch of a product of halves."""
+    kernel = GEMM_75 if capability < (8, 0) else GEMM if m > 64 and n > 1024 else GEMM_SMALL
+    tall, wide = TILES[kernel]
+    grid = -(-n // wide), -(-m // tall)
+    return kernel, grid, (kernel.threads,), (x, w, y, m, n, k, pitch)
+
+
 @op("DeviceMatrix", domain="onnxstream_nb")
 def device_matrix(ref, weight, lanes, host, allocate):
     """Place a weight: a DeviceMatrix, its bytes uploaded to where `allocate(array)` says."""
-    encoding, make, _ = form_of(ref)
-    stored, scales = make(weight)
+    encoding, stored, scales = form_of(ref).make(weight)
     where = allocate(stored), allocate(scales) if scales.size else 0
     return DeviceMatrix(ref, lanes, host, *where, encoding)
 
@@ -134,7 +109,7 @@ def device_matrix(ref, weight, lanes, host, allocate):
 @op("DeviceMatrixBytes", domain="onnxstream_nb")
 def device_matrix_bytes(ref):
     """The bytes that a matrix takes in a GPU's memory."""
-    return form_of(ref)[2]
+    return form_of(ref).nbytes
 
 
 @op("DevicePadding", domain="onnxstream_nb")

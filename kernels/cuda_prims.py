@@ -132,6 +132,17 @@ def shared_128(ir, builder, address):
     return [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
 
 
+def _store_global_words(address, *words):
+    simulator.memory(GLOBAL).vector(address, 4, np.uint32)[:] = words
+
+
+@primitive("void", "i64", *["u32"] * 4, twin=_store_global_words)
+def store_128(ir, builder, address, *words):
+    """Write 16 bytes at an address that is a multiple of 16."""
+    text = "st.global.v4.u32 [$0], {$1,$2,$3,$4};"
+    return assembly(ir, builder, text, [], [address, *words], effect=True, memory=True)
+
+
 def _store_words_twin(address, *words):
     memory = simulator.memory(SHARED)
     memory.vector(address, 4, np.uint32, writing=True)[:] = words

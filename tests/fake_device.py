@@ -94,6 +94,10 @@ class FakeDevice:
         place = self.bytes_at(address, nbytes)
         self._later(stream, lambda: place.fill(0))
 
+    def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
+        place, data = self.bytes_at(to, nbytes), self.bytes_at(source, nbytes)
+        self._later(stream, lambda: np.copyto(place, data))
+
     def launch(
         self, kernel: Any, grid: Any, block: Any, arguments: Sequence[int | float], stream: int
     ) -> None:

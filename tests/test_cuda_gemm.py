@@ -39,12 +39,13 @@ def product(
     rng = np.random.default_rng(m)
     x = placed(rng.standard_normal((m, k)).astype(np.float16))
     w = placed(rng.standard_normal((n, k)).astype(np.float16))
-    y = poisoned(m, n)
+    y = poisoned(m, n + 3)
     grid = (-(-n // tile[1]), -(-m // tile[0]))
-    arguments = [*(a.ctypes.data for a in (x, w, y)), m, n, k]
+    arguments = [*(a.ctypes.data for a in (x, w, y)), m, n, k, n + 3]
     simulate(kernel, grid, kernel.threads, arguments, [x, w, y], **how)
+    assert np.isnan(y[:, n:]).all()
     wanted = x.astype(np.float64) @ w.astype(np.float64).T
-    return float(np.abs(y - wanted).max() / np.abs(wanted).max())
+    return float(np.abs(y[:, :n] - wanted).max() / np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("eager", [False, True])

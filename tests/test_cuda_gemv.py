@@ -8,17 +8,34 @@ from cuda_arrays import Array, in_blocks, placed, poisoned
 
 from onnxstream_nb.kernels.cuda_gemv import GEMV, ROWS, WARPS
 from onnxstream_nb.kernels.cuda_simulator import simulate
+from onnxstream_nb.kernels.cuda_widen import WIDEN
 
 
 def encoded(w: Array, encoding: str) -> tuple[Array, Array, Array]:
     if encoding == "f16":
         stored = placed(w.astype(np.float16))
         return stored, placed(np.zeros(1, np.float16)), stored.astype(np.float32)
-    return in_blocks(w, int(encoding[1:]))
+    stored, scales, meant = in_blocks(w, int(encoding[1]))
+    if encoding.endswith(("z", "m")):
+        return stored, *with_offsets(scales, meant, encoding[2])
+    return stored, scales, meant
+
+
+def with_offsets(scales: Array, meant: Array, kind: str) -> tuple[Array, Array]:
+    """Scales -> pairs with offsets, and what weights then are."""
+    rng = np.random.default_rng(3)
+    second = rng.integers(-9, 9, scales.shape) if kind == "z" else rng.standard_normal(scales.shape)
+    pairs = placed(np.stack([scales, second.astype(np.float16)], axis=-1))
+    d, given = pairs[..., 0].astype(np.float64), pairs[..., 1].astype(np.float64)
+    offset = d * given if kind == "z" else given + 8 * d
+    return pairs, meant + np.repeat(offset, 32, axis=1)
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize(("encoding", "k"), [("f16", 1312), ("i8", 2080), ("i4", 4384)])
+@pytest.mark.parametrize(
+    ("encoding", "k"),
+    [("f16", 1312), ("i8", 2080), ("i4", 4384), ("i8z", 2080), ("i4z", 2208), ("i4m", 2208)],
+)
 def test_gemv_equals_the_product(encoding: str, k: int, rows: int) -> None:
     """K in several unrolled steps, single steps and a part of one; N no multiple of a block's."""
     rng, n = np.random.default_rng(rows), 2 * WARPS - 3
@@ -33,7 +50,7 @@ def test_gemv_equals_the_product(encoding: str, k: int, rows: int) -> None:
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("encoding", ["f16", "i8", "i4"])
+@pytest.mark.parametrize("encoding", ["f16", "i8", "i4", "i8z", "i4z", "i4m"])
 def test_gemv_of_a_short_row(encoding: str) -> None:
     """Fewer elements than a warp has lanes to load them."""
     rng = np.random.default_rng(5)
@@ -45,6 +62,22 @@ def test_gemv_of_a_short_row(encoding: str) -> None:
         [*(a.ctypes.data for a in (x, stored, scales, y)), 1, 32], [x, stored, scales, y],
     )  # fmt: skip
     np.testing.assert_allclose(y, x.astype(np.float64) @ w.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("encoding", WIDEN)
+def test_integers_become_halves(encoding: str) -> None:
+    """As many loads as do not fill the last block."""
+    n, k = 3, 32 * 45
+    stored, scales, w = encoded(
+        np.random.default_rng(1).standard_normal((n, k)).astype(np.float32), encoding
+    )
+    kernel, per, _, _ = WIDEN[encoding]
+    y, loads = placed(np.full((n, k), np.nan, np.float16)), n * k // per
+    simulate(
+        kernel, -(-loads // kernel.threads), kernel.threads,
+        [*(a.ctypes.data for a in (stored, scales, y)), loads], [stored, scales, y],
+    )  # fmt: skip
+    np.testing.assert_allclose(y, w, rtol=2**-11, atol=2e-6)
 
 
 def test_int4_holds_its_whole_range() -> None:

@@ -51,7 +51,7 @@ def close(found: Any, x: Array, w: Array, error: float = 2e-6) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11])
-@pytest.mark.parametrize("encoding", ["float16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("encoding", ["float16", "q8_0", "q4_0", "q4_1"])
 def test_products_with_stored_matrices(encoding: str, rows: int) -> None:
     """Exactly as stored: one row, several, and more than one launch takes."""
     ref, w = weight(encoding, 96, 21)
@@ -61,7 +61,70 @@ def test_products_with_stored_matrices(encoding: str, rows: int) -> None:
     close(product(x, provider.get(ref)), x, w, 1e-3 if rows > 8 else 2e-6)
 
 
-@pytest.mark.parametrize(("encoding", "k"), [("float32", 37), ("q4_1", 64)])
+def affine(
+    integers: str, scale: str, k: int, n: int, block: int, zeros: bool
+) -> tuple[WeightRef, Array]:
+    """A matrix (K, N) of integers, scales and zero points, and what it stands for."""
+    rng, blocks = np.random.default_rng(k), -(-k // block)
+    values = 16 if "4" in integers else 256
+    low = 0 if integers.startswith("u") else -values // 2
+    high = low + values
+    q = rng.integers(low, high, (k, n))
+    scales = rng.uniform(0.01, 0.02, (blocks, n)).astype(np.float16).astype(scale)
+    parts = [(q, integers), (scales, scale)]
+    meant, zero = q.astype(np.float64), rng.integers(low, high, (blocks, n))
+    if zeros:
+        parts.append((zero, integers))
+        meant -= np.repeat(zero, block, axis=0)[:k]
+    data, refs = b"", []
+    for i, (values, kind) in enumerate(parts):
+        if kind in ("int4", "uint4"):
+            pairs = (values & 15).astype(np.uint8).reshape(-1, 2)
+            raw = (pairs[:, 0] | pairs[:, 1] << 4).tobytes()
+        else:
+            raw = values.astype(kind).tobytes()
+        refs.append(WeightRef(f"part{i}", values.shape, kind, raw, 0, len(raw)))
+        data += raw
+    ref = WeightRef(
+        "affine", (k, n), "float32", data, 0, len(data), f"affine{4 if '4' in integers else 8}",
+        parts=tuple(refs), block=block,
+    )  # fmt: skip
+    return ref, (meant * np.repeat(scales.astype(np.float64), block, axis=0)[:k]).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize(
+    ("integers", "scale", "k", "block", "zeros", "kernel"),
+    [
+        ("uint4", "float16", 96, 32, True, "i4z"),
+        ("int4", "float32", 96, 32, False, "i4"),
+        ("uint4", "float16", 128, 64, False, "i4z"),
+        ("uint8", "float32", 96, 32, True, "i8z"),
+        ("int8", "float16", 70, 128, False, "i8"),
+    ],
+)
+def test_integers_with_zero_points(
+    integers: str, scale: str, k: int, block: int, zeros: bool, kernel: str, rows: int
+) -> None:
+    ref, w = affine(integers, scale, k, 6, block, zeros)
+    device = FakeDevice()
+    provider = opened(device, [ref])
+    x = np.random.default_rng(1).standard_normal((rows, k)).astype(np.float32)
+    close(product(x, provider.get(ref)), x, w, 1e-3 if rows > 8 else 5e-6)
+    assert (f"widen_{kernel}" if rows > 8 else f"gemv_{kernel}_{rows}") in device.launched
+
+
+def test_strips_of_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows, and a matrix that becomes halves in three goes, the last one shorter."""
+    monkeypatch.setattr("onnxstream_nb.kernels.cuda_matmul.STRIP", 0)
+    ref, w = weight("q8_0", 32, 300)
+    device = FakeDevice()
+    x = np.random.default_rng(1).standard_normal((9, 32)).astype(np.float32)
+    close(product(x, opened(device, [ref]).get(ref)), x, w, 1e-3)
+    assert device.launched.count("widen_i8") == 3
+
+
+@pytest.mark.parametrize(("encoding", "k"), [("float32", 37)])
 def test_other_matrices_become_halves(encoding: str, k: int) -> None:
     ref, w = weight(encoding, k, 5)
     provider = opened(FakeDevice(), [ref])

@@ -60,6 +60,9 @@ class Device(Protocol):
     def clear(self, address: int, nbytes: int, stream: Stream) -> None:
         """Make bytes zero."""
 
+    def copy(self, to: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Copy bytes from one place of the GPU's memory to another."""
+
     def launch(
         self, kernel: Any, grid: Grid, block: Grid, arguments: Sequence[int | float], stream: Stream
     ) -> None:

@@ -96,6 +96,9 @@ class CudaDevice:
     def clear(self, address: int, nbytes: int, stream: Stream) -> None:
         self._call("cuMemsetD8Async", address, 0, nbytes, stream)
 
+    def copy(self, to: int, source: int, nbytes: int, stream: Stream) -> None:
+        self._call("cuMemcpyDtoDAsync", to, source, nbytes, stream)
+
     def launch(
         self, kernel: Any, grid: Grid, block: Grid, arguments: Sequence[int | float], stream: Stream
     ) -> None:

@@ -120,13 +120,15 @@ class _Lane:
     def _enqueue(self, rows: Array, matrix: Any) -> None:
         (m, k), n, device = rows.shape, matrix.shape[1], self._device
         wide = _service("DevicePadding")(k)
+        scratch = matrix.scratch(m)
         self._grow({"x": FLOAT * m * wide, "half": 2 * m * wide, "y": FLOAT * m * n})
+        self._grow({"scratch": scratch})
         x = self._host("x", FLOAT * m * wide).view(np.float32).reshape(m, wide)
         x[:, :k], x[:, k:] = rows, 0
         where = {what: address for what, (address, _) in self._rooms.items()}
         device.upload(where["x"], x, self._stream)
         for kernel, grid, block, arguments in matrix.launches(
-            where["x"], where["y"], where["half"], m, device.capability
+            where["x"], where["y"], where["half"], m, device.capability, where.get("scratch", 0)
         ):
             device.launch(kernel, grid, block, arguments, self._stream)
         device.download(self._host("y", FLOAT * m * n), where["y"], self._stream)

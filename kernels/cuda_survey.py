@@ -1,0 +1,103 @@
+"""The largest of the logits on a GPU, and what choosing among them needs (cuda_sampling.py).
+
+Dims: V logits of one position, in C chunks of CHUNK.
+"""
+
+from .cuda_kernel import cuda_kernel, device
+from .cuda_norm import block_sum
+from .cuda_prims import (
+    cuda, exp2, float32, int32, int64, load_f32, load_i64, shared_memory, store_f32, store_i64,
+    warp_max,
+)  # fmt: skip
+from .cuda_select_prims import log2, order_of_f32, shared_i64, shuffle_xor_i64, store_shared_i64
+
+CHUNK = 32  # logits of which the largest is kept: a warp's
+SURVEY_THREADS, EACH = 256, 4
+SURVEYED = SURVEY_THREADS * EACH  # logits of a block of `survey`
+PART = 16  # bytes that it leaves: its largest with its id, and the sum of e ** (x - largest)
+LOWEST = -1e30
+LOG2E = 1.4426950408889634
+WORD = (1 << 32) - 1
+SIGN = 1 << 31
+LEAST = -(1 << 63)  # below everything that is packed
+
+
+@device
+def packed(value, i):
+    """A logit and its id as one number: the larger logit is the larger, of equal ones the lower
+    id."""
+    return ((int64(order_of_f32(value)) - SIGN) << 32) | (WORD - int64(i))
+
+
+@device
+def warp_largest(value):
+    """The largest of all lanes' numbers (int64), in every lane."""
+    for i in range(5):
+        value = max(value, shuffle_xor_i64(value, int32(1 << i)))
+    return value
+
+
+@cuda_kernel("aaai", threads=SURVEY_THREADS, shared=8 * (SURVEY_THREADS // 32))
+def survey(logits, maxima, parts, v):
+    """logits (V,) float32 -> maxima (C,) float32; of each SURVEYED logits a part: the largest as
+    `packed` (int64), and the logit (float32), and the sum of e ** (x - it) (float32)."""
+    thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
+    values = cuda.local.array(EACH, float32)
+    mine, base = int64(LEAST), shared_memory()
+    for j in range(EACH):
+        i = block * SURVEYED + j * SURVEY_THREADS + thread
+        values[j] = load_f32(logits + 4 * i) if i < v else float32(LOWEST)
+        if i < v:
+            mine = max(mine, packed(values[j], i))
+        largest = warp_max(values[j])
+        if thread % CHUNK == 0 and i < v:
+            store_f32(maxima + 4 * (i // CHUNK), largest)
+    mine = warp_largest(mine)
+    if thread % 32 == 0:
+        store_shared_i64(base + 8 * (thread // 32), mine)
+    cuda.syncthreads()
+    for warp in range(SURVEY_THREADS // 32):
+        mine = max(mine, shared_i64(base + 8 * warp))
+    cuda.syncthreads()
+    top, summed = load_f32(logits + 4 * (WORD - (mine & WORD))), float32(0)
+    unit = max(top, float32(LOWEST))  # where all are banned, -infinity less itself is none
+    for j in range(EACH):
+        summed += exp2((values[j] - unit) * float32(LOG2E))
+    summed = block_sum(summed)
+    if thread == 0:
+        at = parts + PART * block
+        store_i64(at, mine)
+        store_f32(at + 8, top)
+        store_f32(at + 12, summed)
+
+
+@device
+def largest_of(parts, count):
+    """The largest of all parts, as `packed`; a warp has to come."""
+    thread = int32(cuda.threadIdx.x) % 32
+    mine = load_i64(parts)
+    for i in range(thread, count, 32):
+        mine = max(mine, load_i64(parts + PART * i))
+    return warp_largest(mine)
+
+
+@cuda_kernel("aai", threads=32)
+def take_largest(parts, token, count):
+    """parts of `survey` -> the id of the largest logit, of equal ones the lowest (int64)."""
+    mine = largest_of(parts, count)
+    if cuda.threadIdx.x == 0:
+        store_i64(token, WORD - (mine & WORD))
+
+
+@cuda_kernel("aaaai", threads=32)
+def log_probability(logits, parts, token, result, count):
+    """logits (V,), their parts, *token int64 -> the natural logarithm of its probability (float32);
+    no number where a logit is none, or infinite."""
+    thread = int32(cuda.threadIdx.x)
+    top, summed = load_f32(logits + 4 * (WORD - (largest_of(parts, count) & WORD))), float32(0)
+    for i in range(count):
+        at = parts + PART * i
+        summed += load_f32(at + 12) * exp2((load_f32(at + 8) - top) * float32(LOG2E))
+    if thread == 0:
+        value = load_f32(logits + 4 * load_i64(token))
+        store_f32(result, value - top - log2(summed) / float32(LOG2E))
