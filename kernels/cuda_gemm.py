@@ -77,8 +77,8 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages, since=(8, 0)):
     commit = commit_copies if newer else nothing
     wait = (wait_but_one if stages == 3 else wait_all_copies) if newer else nothing
     multiply = multiply_16 if newer else multiply_twice
-    threads, chunks, pitch = 32 * wm * wn, bk // 8, 2 * bk + 16
-    stage = (bm + bn) * pitch
+    threads, chunks, apart = 32 * wm * wn, bk // 8, 2 * bk + 16
+    stage = (bm + bn) * apart
     tall, wide = bm // wm // 16, bn // wn // 16  # products a warp has down, pairs of them across
     sums = 8 * tall * wide
 
@@ -96,29 +96,29 @@ def make_gemm(name, bm, bn, bk, wm, wn, stages, since=(8, 0)):
         base, steps = shared_memory(), (k + bk - 1) // bk
         for ahead in range(stages - 1):
             at = base + ahead * stage
-            copy_tile(at, x, row0, m, ahead * bk, k, bm, chunks, pitch, thread, threads)
-            at += bm * pitch
-            copy_tile(at, w, column0, n, ahead * bk, k, bn, chunks, pitch, thread, threads)
+            copy_tile(at, x, row0, m, ahead * bk, k, bm, chunks, apart, thread, threads)
+            at += bm * apart
+            copy_tile(at, w, column0, n, ahead * bk, k, bn, chunks, apart, thread, threads)
             commit()
         # Where a lane's rows of small matrices begin: of x 16 rows by 16, of w twice 8 rows by 16.
-        x_lane = (warp // wn * (bm // wm) + lane % 16) * pitch + 16 * (lane // 16)
+        x_lane = (warp // wn * (bm // wm) + lane % 16) * apart + 16 * (lane // 16)
         w_row = warp % wn * (bn // wn) + lane % 8 + 8 * (lane // 16)
-        w_lane = (bm + w_row) * pitch + 16 * (lane // 8 % 2)
+        w_lane = (bm + w_row) * apart + 16 * (lane // 8 % 2)
         for step in range(steps):
             wait()
             cuda.syncthreads()
             following = step + stages - 1
             at = base + following % stages * stage
-            copy_tile(at, x, row0, m, following * bk, k, bm, chunks, pitch, thread, threads)
-            at += bm * pitch
-            copy_tile(at, w, column0, n, following * bk, k, bn, chunks, pitch, thread, threads)
+            copy_tile(at, x, row0, m, following * bk, k, bm, chunks, apart, thread, threads)
+            at += bm * apart
+            copy_tile(at, w, column0, n, following * bk, k, bn, chunks, apart, thread, threads)
             commit()
             here = base + step % stages * stage
             for inner in range(bk // 16):
                 for i in range(tall):
-                    a = load_matrices(here + x_lane + 16 * i * pitch + 32 * inner)
+                    a = load_matrices(here + x_lane + 16 * i * apart + 32 * inner)
                     for j in range(wide):
-                        b = load_matrices(here + w_lane + 16 * j * pitch + 32 * inner)
+                        b = load_matrices(here + w_lane + 16 * j * apart + 32 * inner)
                         o = 8 * (i * wide + j)
                         d = multiply(
                             a[0], a[1], a[2], a[3], b[0], b[1],
