@@ -10,6 +10,7 @@ vectors', the same text is a function of one element.
 from types import FunctionType
 
 from . import functions
+from .cuda_angles import cosine, sine
 from .cuda_kernel import Function, cuda_kernel, device
 from .cuda_prims import (
     cuda,
@@ -18,6 +19,7 @@ from .cuda_prims import (
     int32,
     int64,
     load_f32,
+    load_i64,
     square_root,
     store_f16,
     store_f32,
@@ -143,6 +145,7 @@ UNARY = {
         functions.TANH, functions.ERF, functions.GELU, functions.GELU_TANH,
     )
 }  # fmt: skip
+UNARY["sin"], UNARY["cos"] = make_unary("sin_elements", sine), make_unary("cos_elements", cosine)
 BINARY = {
     token.name: make_binary(f"{token.name}_elements", of_elements(token.function))
     for token in (functions.ADD, functions.SUBTRACT, functions.MULTIPLY, functions.DIVIDE)
@@ -164,3 +167,11 @@ def to_half(x, y, n):
     i = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if i < n:
         store_f16(y + 2 * i, load_f32(x + 4 * i))
+
+
+@cuda_kernel("aal", threads=THREADS)
+def from_integers(x, y, n):
+    """x (N,) int64 -> y (N,) float32, the nearest."""
+    i = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if i < n:
+        store_f32(y + 4 * i, float32(load_i64(x + 8 * i)))

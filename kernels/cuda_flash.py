@@ -15,9 +15,11 @@ from .cuda_attention import LOG2E, LOWEST
 from .cuda_gemm import copy_rows, multiply_twice, make_copy_rows, copy_now, nothing
 from .cuda_kernel import CudaKernel, device
 from .cuda_prims import (
-    commit_copies, cuda, exp2, float32, int32, int64, load_f32, load_i64, load_matrices,
-    load_turned_matrices, multiply_16, pack_halves, shared_memory, shuffle_xor, store_f32,
-    store_shared_f16, tanh_fast, wait_all_copies,
+    cuda, exp2, float32, int32, int64, load_f32, load_i64, pack_halves, shared_memory, shuffle_xor,
+    store_f32, store_shared_f16, tanh_fast,
+)  # fmt: skip
+from .cuda_tensor_prims import (
+    commit_copies, load_matrices, load_turned_matrices, multiply_16, wait_all_copies,
 )  # fmt: skip
 
 

@@ -13,8 +13,11 @@ Source of the layouts: PTX ISA, "Matrix fragments for mma.m16n8k16".
 
 from .cuda_kernel import cuda_kernel, device
 from .cuda_prims import (
-    commit_copies, copy_async, cuda, float32, int32, int64, load_128, load_matrices, multiply_8,
-    multiply_16, shared_memory, store_f32, store_shared_128, uint32, wait_all_copies, wait_but_one,
+    cuda, float32, int32, int64, load_128, shared_memory, store_f32, store_shared_128, uint32,
+)  # fmt: skip
+from .cuda_tensor_prims import (
+    commit_copies, copy_async, load_matrices, multiply_8, multiply_16, wait_all_copies,
+    wait_but_one,
 )  # fmt: skip
 
 

@@ -104,37 +104,39 @@ class CudaKernel:
     since: tuple[int, int] = (7, 5)
 
     def ptx(self, capability):
-        """The PTX of the kernel for a compute capability (major, minor), from the disk if it is
-        there; its entry has the kernel's name."""
+        """The PTX of the kernel for a GPU of a compute capability (major, minor), from the disk if
+        it is there; its entry has the kernel's name. It is the same for all of them, written for
+        the oldest: what is particular to a GPU, the driver's assembler knows, also of later ones
+        than the compiler does."""
         if capability < self.since:
             raise ValueError(f"{self.name} needs compute capability {self.since}")
-        path = self._cached(capability)
+        path = self._cached()
         if path is not None and path.is_file():
             return path.read_text()
-        text = self._compile(capability)
+        text = self._compile()
         if path is not None:
             _keep(path, text)
         return text
 
-    def _compile(self, capability):
+    def _compile(self):
         from numba import cuda
         from numba.cuda import types
 
         signature = tuple(getattr(types, LETTERS[letter]) for letter in self.arguments)
         text, _ = cuda.compile_ptx(
-            resolved(self.function), signature, cc=capability, fastmath=True,
+            resolved(self.function), signature, cc=self.since, fastmath=True,
             launch_bounds=(self.threads, self.resident),
         )  # fmt: skip
         mangled = re.search(r"\.visible \.entry (\w+)", text)[1]
         return text.replace(mangled, self.name)
 
-    def _cached(self, capability):
+    def _cached(self):
         root = cache_root()
         if root is None:
             return None
         source = stamp(Path(self.function.__code__.co_filename))
         tag = hashlib.sha256(f"{source} {_versions()}".encode()).hexdigest()[:16]
-        return root / "cuda" / f"{self.name}-sm{capability[0]}{capability[1]}-{tag}.ptx"
+        return root / "cuda" / f"{self.name}-{tag}.ptx"
 
 
 CUDA_KERNELS = {}

@@ -21,9 +21,9 @@ def add_biases(logits, ids, biases, count):
 
 @cuda_kernel("aaiifff", threads=THREADS)
 def penalise(logits, window, count, v, repeat, presence, frequency):
-    """logits (V,) float32, in place: those of ids in window (W,) int64 that are below V are divided
-    by `repeat` if positive, else multiplied; then frequency times how often they are there, and
-    presence, are taken away. The first of equal ids does it."""
+    """logits (V,) float32, in place: those of ids in window (W,) int64, if they are in 0 .. V - 1,
+    are divided by `repeat` if positive, else multiplied; then frequency times how often they are
+    there, and presence, are taken away. The first of equal ids does it."""
     i = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
     if i < count:
         token, before, times = load_i64(window + 8 * i), 0, 0
@@ -31,7 +31,7 @@ def penalise(logits, window, count, v, repeat, presence, frequency):
             if load_i64(window + 8 * j) == token:
                 times += 1
                 before += 1 if j < i else 0
-        if before == 0 and token < v:
+        if before == 0 and token >= 0 and token < v:
             at = logits + 4 * token
             value = load_f32(at)
             value = value / repeat if value > float32(0) else value * repeat

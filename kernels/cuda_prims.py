@@ -1,11 +1,11 @@
-"""The primitives of CUDA kernels: loads and stores by address, warps, tensor cores, async copies.
+"""The primitives of CUDA kernels: loads and stores by address, warps, arithmetic; those of tensor
+cores, and the copies that feed them, are in cuda_tensor_prims.py.
 
 Dims: a warp has 32 lanes. An address is an int64 in global memory, or an int32 in the block's own
 shared memory, of which a launch says how many bytes there are. Nothing here checks a bound.
 
 Each is written once for the compiler (LLVM, or PTX where LLVM has no word for it) and once for the
-simulator, which checks bounds and alignment and may let a copy land as late, or as soon, as the
-hardware may. Sources: PTX ISA 9.0 (mma.sync, ldmatrix, cp.async), NVVM IR.
+simulator, which checks bounds and alignment. Sources: PTX ISA 9.0, NVVM IR.
 """
 
 import numpy as np
@@ -14,16 +14,11 @@ from . import cuda_simulator as simulator
 from .cuda_kernel import device
 from .cuda_primitive import Cast, Names, assembly, primitive
 
-FULL = 0xFFFFFFFF  # all lanes of a warp
-
-
 cuda = Names()
 float32, int32, int64, uint32 = (Cast(n) for n in ("float32", "int32", "int64", "uint32"))
-
+GLOBAL, SHARED = 1, 3  # LLVM's address spaces
 
 # -- loads and stores ------------------------------------------------------------------------------
-
-GLOBAL, SHARED = 1, 3  # LLVM's address spaces
 
 
 def _at(ir, builder, where, llvm_type, space):
@@ -101,54 +96,49 @@ store_shared_f16 = _storer("f32", SHARED, lambda ir: ir.HalfType(), _truncated, 
 store_shared_i32 = _storer("i32", SHARED, lambda ir: ir.IntType(32), _same, np.int32)
 
 
-def _words(count, space, twin_dtype=np.uint32):
+def _words(space):
     def twin(address):
-        found = simulator.memory(space).vector(address, count, twin_dtype)
-        return tuple(int(word) for word in found)
+        return tuple(int(word) for word in simulator.memory(space).vector(address, 4, np.uint32))
 
     return twin
 
 
-@primitive("u32x4", "i64", twin=_words(4, GLOBAL))
-def load_128(ir, builder, address):
-    """16 bytes at an address that is a multiple of 16, as four words."""
-    kind = ir.VectorType(ir.IntType(32), 4)
-    value = builder.load(_at(ir, builder, address, kind, GLOBAL), align=16)
-    return [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+def _loader_128(where, space):
+    """A load of 16 bytes at an address that is a multiple of 16, as four words."""
+
+    def generate(ir, builder, address):
+        kind = ir.VectorType(ir.IntType(32), 4)
+        value = builder.load(_at(ir, builder, address, kind, space), align=16)
+        return [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+
+    return primitive("u32x4", where, twin=_words(space))(generate)
 
 
-@primitive("u32x4", "i64", twin=_words(4, GLOBAL))
+load_128, shared_128 = _loader_128("i64", GLOBAL), _loader_128("i32", SHARED)
+
+
+@primitive("u32x4", "i64", twin=_words(GLOBAL))
 def stream_128(ir, builder, address):
-    """The same of bytes that nobody reads twice: they do not push others out of the L1 cache."""
+    """As load_128, of bytes that nobody reads twice: they push no others out of the L1 cache."""
     text = "ld.global.nc.L1::no_allocate.v4.u32 {$0,$1,$2,$3}, [$4];"
     return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True)
 
 
-@primitive("u32x4", "i32", twin=_words(4, SHARED))
-def shared_128(ir, builder, address):
-    """16 bytes of shared memory at a multiple of 16, as four words."""
-    kind = ir.VectorType(ir.IntType(32), 4)
-    value = builder.load(_at(ir, builder, address, kind, SHARED), align=16)
-    return [builder.extract_element(value, ir.IntType(32)(i)) for i in range(4)]
+def _stored_words(space):
+    def twin(address, *words):
+        simulator.memory(space).vector(address, 4, np.uint32, writing=True)[:] = words
+
+    return twin
 
 
-def _store_global_words(address, *words):
-    simulator.memory(GLOBAL).vector(address, 4, np.uint32)[:] = words
-
-
-@primitive("void", "i64", *["u32"] * 4, twin=_store_global_words)
+@primitive("void", "i64", *["u32"] * 4, twin=_stored_words(GLOBAL))
 def store_128(ir, builder, address, *words):
     """Write 16 bytes at an address that is a multiple of 16."""
     text = "st.global.v4.u32 [$0], {$1,$2,$3,$4};"
     return assembly(ir, builder, text, [], [address, *words], effect=True, memory=True)
 
 
-def _store_words_twin(address, *words):
-    memory = simulator.memory(SHARED)
-    memory.vector(address, 4, np.uint32, writing=True)[:] = words
-
-
-@primitive("void", "i32", *["u32"] * 4, twin=_store_words_twin)
+@primitive("void", "i32", *["u32"] * 4, twin=_stored_words(SHARED))
 def store_shared_128(ir, builder, address, *words):
     """Write 16 bytes of shared memory, at a multiple of 16."""
     kind = ir.VectorType(ir.IntType(32), 4)
@@ -308,118 +298,3 @@ def square_root(ir, builder, x):
 def tanh_fast(ir, builder, x):
     """The hyperbolic tangent, within 2 ** -11 of its value (sm_75)."""
     return assembly(ir, builder, "tanh.approx.f32 $0, $1;", [ir.FloatType()], [x])
-
-
-# -- asynchronous copies ---------------------------------------------------------------------------
-
-
-@primitive("void", "i32", "i64", "i32", twin=simulator.copy_later)
-def copy_async(ir, builder, to, source, nbytes):
-    """Begin to write 16 bytes of shared memory, at a multiple of 16: the first `nbytes` from global
-    memory, at a multiple of 16 too, and zeros (sm_80)."""
-    text = "cp.async.cg.shared.global [$0], [$1], 16, $2;"
-    return assembly(ir, builder, text, [], [to, source, nbytes], effect=True, memory=True)
-
-
-@primitive("void", twin=simulator.commit)
-def commit_copies(ir, builder):
-    """What was begun since the last time is one group."""
-    return assembly(ir, builder, "cp.async.commit_group;", [], [], effect=True, memory=True)
-
-
-def _waiter(left):
-    def generate(ir, builder):
-        text = f"cp.async.wait_group {left};"
-        return assembly(ir, builder, text, [], [], effect=True, memory=True)
-
-    return primitive("void", twin=lambda: simulator.wait(left))(generate)
-
-
-wait_all_copies, wait_but_one, wait_but_two = _waiter(0), _waiter(1), _waiter(2)
-
-
-# -- tensor cores ----------------------------------------------------------------------------------
-
-
-def _matrices_twin(address):
-    addresses, lane = simulator.exchange(address)
-    memory, words = simulator.memory(SHARED), []
-    for matrix in range(4):
-        row = memory.vector(addresses[8 * matrix + lane // 4], 4, np.uint32)
-        words.append(int(row[lane % 4]))
-    return tuple(words)
-
-
-@primitive("u32x4", "i32", twin=_matrices_twin)
-def load_matrices(ir, builder, address):
-    """Four 8 x 8 matrices of halves in shared memory: lane l names row l % 8 of matrix l // 8, and
-    gets of each the pair 2 (l % 4) of row l // 4 (ldmatrix.x4)."""
-    text = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];"
-    return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
-
-
-def _turned_twin(address):
-    addresses, lane = simulator.exchange(address)
-    memory, words = simulator.memory(SHARED), []
-    for matrix in range(4):
-        rows = [
-            memory.vector(addresses[8 * matrix + 2 * (lane % 4) + i], 8, np.uint16)
-            for i in range(2)
-        ]
-        words.append(int(rows[0][lane // 4]) | int(rows[1][lane // 4]) << 16)
-    return tuple(words)
-
-
-@primitive("u32x4", "i32", twin=_turned_twin)
-def load_turned_matrices(ir, builder, address):
-    """The same of the matrices' transposes."""
-    text = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {$0,$1,$2,$3}, [$4];"
-    return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
-
-
-def _fragments(words, lane, depth):
-    """A (16, depth) and B (depth, 8) of a warp from its lanes' words, and this lane's place."""
-    a_words = depth // 4
-    pairs = np.array(words, np.uint32).view(np.float16).reshape(32, -1, 2).astype(np.float32)
-    a, b = np.zeros((16, depth), np.float32), np.zeros((depth, 8), np.float32)
-    for each in range(32):
-        row, pair = each // 4, 2 * (each % 4)
-        for i in range(a_words):
-            column = pair + 8 * (i // 2)
-            a[row + 8 * (i % 2), column : column + 2] = pairs[each, i]
-        for i in range(depth // 8):
-            b[pair + 8 * i : pair + 8 * i + 2, row] = pairs[each, a_words + i]
-    return a, b, lane // 4, 2 * (lane % 4)
-
-
-def _multiply(words, sums, depth):
-    everything, lane = simulator.exchange(words)
-    a, b, row, column = _fragments(everything, lane, depth)
-    product = a[[row, row + 8]] @ b[:, column : column + 2]
-    return tuple(np.float32(c + d) for c, d in zip(sums, product.reshape(4), strict=True))
-
-
-@primitive(
-    "f32x4", *["u32"] * 6, *["f32"] * 4,
-    twin=lambda *values: _multiply(values[:6], values[6:], 16),
-)  # fmt: skip
-def multiply_16(ir, builder, *values):
-    """(16, 16) float16 times (16, 8) float16 plus (16, 8) float32, of a warp (sm_80)."""
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};"
-    )
-    return assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)
-
-
-@primitive(
-    "f32x4", *["u32"] * 3, *["f32"] * 4,
-    twin=lambda *values: _multiply(values[:3], values[3:], 8),
-)  # fmt: skip
-def multiply_8(ir, builder, *values):
-    """(16, 8) float16 times (8, 8) float16 plus (16, 8) float32, of a warp (sm_75)."""
-    text = (
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
-        "{$0,$1,$2,$3}, {$4,$5}, {$6}, {$7,$8,$9,$10};"
-    )
-    return assembly(ir, builder, text, [ir.FloatType()] * 4, values, effect=True)

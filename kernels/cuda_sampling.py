@@ -1,6 +1,6 @@
 """The next token, chosen on a GPU from its logits: onnxstream_nb/sampling.py's meaning and order.
 
-Dims: V logits (at most 2 ** 18) of one position, in C chunks of CHUNK (cuda_survey.py); N
+Dims: V logits (at most MOST) of one position, in C chunks of CHUNK (cuda_survey.py); N
 candidates among them.
 
 Top-k, top-p and min-p each keep the first ones in the order of falling logits, of equal ones the
@@ -22,12 +22,13 @@ from .cuda_prims import (
 from .cuda_select_prims import (
     add_shared_i32, order_of_f32, shared_i64, shuffle_xor_i64, store_shared_i64,
 )  # fmt: skip
-from .cuda_survey import CHUNK, LOG2E, LOWEST, SURVEYED, WORD, largest_of
+from .cuda_survey import CHUNK, HIGH, LOG2E, LOW, LOWEST, SURVEYED, WORD, between, largest_of
 
 THREADS = 512
 SHARE_BITS = 31
 ONE = 2.0**38  # the weight of the largest logit
-LIMB = 13  # bits: sums of 2 ** 18 numbers of so many fit an int32
+MOST = 1 << 18  # logits at most
+LIMB = 13  # bits: sums of MOST numbers of so many fit an int32
 ALL = 1 << 32  # above every key
 BINS = 256
 SUMS = 3 * 4 * BINS  # where shared memory has a long integer for each warp
@@ -61,8 +62,8 @@ def scan(value):
 
 @device
 def weight(value, top, factor):
-    """2 ** (factor (value - top)) in units of 1 / ONE."""
-    return int64(exp2(max(value - top, float32(LOWEST)) * factor) * float32(ONE))
+    """2 ** (factor (value - top)) in units of 1 / ONE; of what is no number 0."""
+    return int64(exp2(max(float32(LOWEST), value - top) * factor) * float32(ONE))
 
 
 @device
@@ -210,8 +211,13 @@ def draw(logits, maxima, parts, room, uniform, token, v, top_k, top_p, least, co
 
     `room` is 8 V bytes. top_p and *uniform are shares, in units of 2 ** -31; `least` is the
     logarithm of min_p, `cooled` 1 over the temperature. A launch that is replayed draws with what
-    *uniform then is."""
-    top = load_f32(logits + 4 * (WORD - (largest_of(parts, (v + SURVEYED - 1) // SURVEYED) & WORD)))
+    *uniform then is. Where the largest logit is not finite, the token is that one's."""
+    largest = WORD - (largest_of(parts, (v + SURVEYED - 1) // SURVEYED) & WORD)
+    top = load_f32(logits + 4 * largest)
+    if not between(top, LOW, HIGH):
+        if cuda.threadIdx.x == 0:
+            store_i64(token, largest)
+        return
     chunks, values, n = (v + CHUNK - 1) // CHUNK, logits, v
     ids, bound, last = int64(0), int64(-1), int32(0)
     if top_k > 0 and top_k < chunks:

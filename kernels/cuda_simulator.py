@@ -36,8 +36,8 @@ class Memory:
         spans = sorted((a.ctypes.data, a.ctypes.data + a.nbytes) for a in arrays)
         self._starts, self._stops = [s for s, _ in spans], [e for _, e in spans]
 
-    def vector(self, address, count, dtype):
-        """(count,) elements at an address, as a look at them."""
+    def vector(self, address, count, dtype, *, writing=False):
+        """(count,) elements at an address, as a look at them, to be read or written."""
         dtype, address = np.dtype(dtype), int(address)
         nbytes = count * dtype.itemsize
         number = bisect_right(self._starts, address) - 1
@@ -212,10 +212,14 @@ def simulate(kernel, grid, block, arguments, arrays, *, shared=None, order="forw
         for c, a in zip(kernel.arguments, arguments, strict=True)
     ]
     nbytes = kernel.shared if shared is None else shared
-    with np.errstate(all="ignore"):
-        for place in np.ndindex(*grid[::-1]):
-            made = _Block(place[::-1], sizes, grid, everything, nbytes, eager)
-            _run(made, lambda: function(*typed), ORDERS[order])
+
+    def thread():
+        with np.errstate(all="ignore"):  # each coroutine has its own state of that
+            function(*typed)
+
+    for place in np.ndindex(*grid[::-1]):
+        made = _Block(place[::-1], sizes, grid, everything, nbytes, eager)
+        _run(made, thread, ORDERS[order])
 
 
 def _three(sizes):

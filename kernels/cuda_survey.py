@@ -6,8 +6,8 @@ Dims: V logits of one position, in C chunks of CHUNK.
 from .cuda_kernel import cuda_kernel, device
 from .cuda_norm import block_sum
 from .cuda_prims import (
-    cuda, exp2, float32, int32, int64, load_f32, load_i64, shared_memory, store_f32, store_i64,
-    warp_max,
+    cuda, exp2, float32, int32, int64, load_f32, load_i64, shared_memory, store_f32, store_i32,
+    store_i64, warp_max,
 )  # fmt: skip
 from .cuda_select_prims import log2, order_of_f32, shared_i64, shuffle_xor_i64, store_shared_i64
 
@@ -15,6 +15,9 @@ CHUNK = 32  # logits of which the largest is kept: a warp's
 SURVEY_THREADS, EACH = 256, 4
 SURVEYED = SURVEY_THREADS * EACH  # logits of a block of `survey`
 PART = 16  # bytes that it leaves: its largest with its id, and the sum of e ** (x - largest)
+FALSE = -1e30  # in such a sum for each logit that is not finite: it is not positive then
+LOW, ZERO, HIGH = 0x007FFFFF, 1 << 31, 0xFF800000  # -infinity, 0 and infinity by order_of_f32
+NONE = 0x7FC00000  # the bits of a float32 that is no number
 LOWEST = -1e30
 LOG2E = 1.4426950408889634
 WORD = (1 << 32) - 1
@@ -30,6 +33,14 @@ def packed(value, i):
 
 
 @device
+def between(value, low, high):
+    """Whether a number lies between two, both in terms of order_of_f32: "fast" arithmetic may take
+    it for granted that all numbers are finite, that of integers may not."""
+    key = int64(order_of_f32(value))
+    return key > low and key < high
+
+
+@device
 def warp_largest(value):
     """The largest of all lanes' numbers (int64), in every lane."""
     for i in range(5):
@@ -40,7 +51,8 @@ def warp_largest(value):
 @cuda_kernel("aaai", threads=SURVEY_THREADS, shared=8 * (SURVEY_THREADS // 32))
 def survey(logits, maxima, parts, v):
     """logits (V,) float32 -> maxima (C,) float32; of each SURVEYED logits a part: the largest as
-    `packed` (int64), and the logit (float32), and the sum of e ** (x - it) (float32)."""
+    `packed` (int64), and the logit (float32), and the sum of e ** (x - it) (float32), which is not
+    positive where a logit is not finite."""
     thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
     values = cuda.local.array(EACH, float32)
     mine, base = int64(LEAST), shared_memory()
@@ -60,9 +72,10 @@ def survey(logits, maxima, parts, v):
         mine = max(mine, shared_i64(base + 8 * warp))
     cuda.syncthreads()
     top, summed = load_f32(logits + 4 * (WORD - (mine & WORD))), float32(0)
-    unit = max(top, float32(LOWEST))  # where all are banned, -infinity less itself is none
     for j in range(EACH):
-        summed += exp2((values[j] - unit) * float32(LOG2E))
+        if block * SURVEYED + j * SURVEY_THREADS + thread < v:
+            share = exp2((values[j] - top) * float32(LOG2E))
+            summed += share if between(values[j], LOW, HIGH) else float32(FALSE)
     summed = block_sum(summed)
     if thread == 0:
         at = parts + PART * block
@@ -92,12 +105,17 @@ def take_largest(parts, token, count):
 @cuda_kernel("aaaai", threads=32)
 def log_probability(logits, parts, token, result, count):
     """logits (V,), their parts, *token int64 -> the natural logarithm of its probability (float32);
-    no number where a logit is none, or infinite."""
-    thread = int32(cuda.threadIdx.x)
+    no number where a logit is not finite."""
+    thread, finite = int32(cuda.threadIdx.x), True
     top, summed = load_f32(logits + 4 * (WORD - (largest_of(parts, count) & WORD))), float32(0)
     for i in range(count):
         at = parts + PART * i
-        summed += load_f32(at + 12) * exp2((load_f32(at + 8) - top) * float32(LOG2E))
+        part = load_f32(at + 12)
+        finite = finite and between(part, ZERO, HIGH)
+        summed += part * exp2((load_f32(at + 8) - top) * float32(LOG2E))
     if thread == 0:
-        value = load_f32(logits + 4 * load_i64(token))
-        store_f32(result, value - top - log2(summed) / float32(LOG2E))
+        if finite:
+            value = load_f32(logits + 4 * load_i64(token))
+            store_f32(result, value - top - log2(summed) / float32(LOG2E))
+        else:
+            store_i32(result, int32(NONE))

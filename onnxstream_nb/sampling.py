@@ -1,4 +1,4 @@
-"""Choosing the next token: logits -> id, in NumPy.
+"""Choosing the next token: logits -> id, in NumPy, or on the GPU where they lie.
 
 The steps run in llama.cpp's order: logit bias, penalties, top-k, top-p, min-p, temperature.
 Top-p and min-p therefore look at probabilities at temperature 1, and the temperature decides
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ModelError, UsageError
+from .registry import lookup
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
@@ -126,18 +127,45 @@ class Distribution:
 
 
 class Sampler:
-    """Draws ids. Its random numbers depend on the seed alone, on every platform (PCG64)."""
+    """Draws ids. Its random numbers depend on the seed alone, on every platform (PCG64).
+
+    Logits that lie on a GPU (gpu/array.py) are looked at there by `next`, and come here otherwise.
+    """
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
         self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._board: Any = None
+        self._device: Any = None
 
     def next(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> tuple[int, float]:
         """logits (V,), and the tokens so far for the penalties -> an id, and the natural
         logarithm of its probability in the model's own distribution (before every option)."""
+        if hasattr(logits, "board"):
+            if self._on(logits.board).able(logits.size):
+                return self._next_there(logits, recent)
+            logits = np.asarray(logits)
         total = log_sum_exp(logits)
         token = self.draw(self.distribution(logits, recent))
         return token, float(logits[token]) - total
+
+    def _on(self, board: Any) -> Any:
+        """What draws on a board (kernels/cuda_sampler.py)."""
+        if self._board is not board:
+            found = lookup("DeviceSampler", "onnxstream_nb", 1)
+            assert found is not None
+            self._board, self._device = board, found.function(board, self.params)
+        return self._device
+
+    def _next_there(self, logits: Any, recent: Sequence[int]) -> tuple[int, float]:
+        """`next`, where the logits lie; what is odd about them is told by the CPU."""
+        uniform = self._random.random()
+        token, logprob = self._device.next(logits, self._window(recent), uniform)
+        if math.isfinite(logprob):
+            return token, logprob
+        here = np.asarray(logits)
+        total = log_sum_exp(here)
+        return token, float(here[token]) - total
 
     def next_or_guess(
         self,
@@ -150,6 +178,7 @@ class Sampler:
         probability min(1, p / q), else what p has over q decides. Which ids come, and how often, is
         as of `next`; how often the guess is right is the most that can be (Leviathan et al., arXiv
         2211.17192; Chen et al., arXiv 2302.01318)."""
+        logits = np.asarray(logits)
         total = log_sum_exp(logits)
         wanted = self.distribution(logits, recent)
         p, q = wanted.probability(guess), drawn_from.probability(guess)
@@ -158,7 +187,7 @@ class Sampler:
 
     def distribution(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> Distribution:
         """What `next` draws from: after bias, penalties, top-k, top-p, min-p and temperature."""
-        p, adjusted = self.params, self._adjusted(logits, recent)
+        p, adjusted = self.params, self._adjusted(np.asarray(logits), recent)
         if p.temperature == 0:
             return Distribution(np.array([np.argmax(adjusted)]), np.ones(1))
         ids = top_k(adjusted, p.top_k)
@@ -173,17 +202,22 @@ class Sampler:
         point = self._random.random() * cumulative[-1]
         return int(distribution.ids[np.searchsorted(cumulative, point, side="right")])
 
-    def _adjusted(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> Floats:
-        """The logits after bias and penalties; the given array where neither changes anything."""
+    def _window(self, recent: Sequence[int]) -> Sequence[int]:
+        """The tokens that the penalties look at; none where there are no penalties."""
         p = self.params
         penalised = p.repeat_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        window = recent[-p.penalty_window :] if p.penalty_window > 0 else recent
-        penalised = penalised and p.penalty_window != 0 and len(window) > 0
-        if not penalised and not p.logit_bias:
+        if not penalised or p.penalty_window == 0:
+            return ()
+        return recent[-p.penalty_window :] if p.penalty_window > 0 else recent
+
+    def _adjusted(self, logits: npt.NDArray[np.float32], recent: Sequence[int]) -> Floats:
+        """The logits after bias and penalties; the given array where neither changes anything."""
+        p, window = self.params, self._window(recent)
+        if len(window) == 0 and not p.logit_bias:
             return logits
         result = logits.copy()
         add_bias(result, p.logit_bias)
-        if penalised:
+        if len(window):
             penalise(result, window, p)
         return result
 

@@ -14,6 +14,10 @@ from pathlib import Path
 from onnxstream_nb.kernels.cuda_kernel import CudaKernel
 
 CAPABILITIES = ((7, 5), (8, 0), (9, 0))
+SHARED = {(7, 5): 64 << 10, (8, 0): 99 << 10, (9, 0): 227 << 10}
+"""Bytes of shared memory that a block may have, the least of the GPUs of a generation."""
+REGISTERS = 65536  # of a multiprocessor
+DOUBLES = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "MUFU.RCP64H", "MUFU.RSQ64H")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,49 @@ class Assembly:
     def count(self, *starts: str) -> int:
         """How many instructions begin with one of the words."""
         return sum(n for name, n in self.instructions.items() if name.startswith(starts))
+
+
+def faults(kernel: CudaKernel, capability: tuple[int, int]) -> list[str]:
+    """What no kernel should have: arithmetic of doubles, which a literal that is not wrapped makes;
+    registers kept in memory; more of anything than a multiprocessor has."""
+    made, found = assembly(kernel, capability), []
+    if ".f64" in made.ptx:
+        found.append("PTX of doubles")
+    if made.count(*DOUBLES) or any(".F64" in name for name in made.instructions):
+        found.append("instructions of doubles")
+    if made.spilled:
+        found.append(f"{made.spilled} bytes spilled")
+    if made.registers * kernel.threads * kernel.resident > REGISTERS:
+        found.append(f"{made.registers} registers")
+    if kernel.shared > SHARED[capability]:
+        found.append(f"{kernel.shared} bytes of shared memory")
+    return found
+
+
+def faults_of_streaming(made: Assembly) -> list[str]:
+    """What no kernel should have whose time is that of reading a matrix once."""
+    found = []
+    if made.count("LDG.E.NA.128", "LDG.E.128.CONSTANT", "LDG.E.128") < 3:
+        found.append("fewer than three loads of 16 bytes")
+    if made.stack or made.count("LDL", "STL"):
+        found.append("a stack")
+    if made.count("I2F"):
+        found.append("conversions of integers")
+    return found
+
+
+def faults_of_products(made: Assembly, asynchronous: bool) -> list[str]:
+    """What no kernel should have whose time is that of its multiplications."""
+    found = []
+    if made.count("HMMA") < 16:
+        found.append("fewer than sixteen products of tensor cores")
+    if made.count("LDSM") < 8:
+        found.append("fewer than eight loads of small matrices")
+    if asynchronous and made.count("LDGSTS") < 8:
+        found.append("fewer than eight asynchronous copies")
+    if made.stack:
+        found.append("a stack")
+    return found
 
 
 @cache

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from cuda_arrays import Array, placed, poisoned
 
-from onnxstream_nb.kernels.cuda_elementwise import BINARY, THREADS, UNARY, swish_multiply, to_half
+from onnxstream_nb.kernels.cuda_elementwise import (
+    BINARY,
+    THREADS,
+    UNARY,
+    from_integers,
+    swish_multiply,
+    to_half,
+)
 from onnxstream_nb.kernels.cuda_simulator import simulate
 from onnxstream_nb.kernels.mapping import layout
 
@@ -22,6 +29,7 @@ FUNCTIONS: dict[str, Callable[[Array], Any]] = {
     "erf": np.vectorize(math.erf),
     "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
     "gelu_tanh": lambda x: x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2,
+    "sin": np.sin, "cos": np.cos,
 }  # fmt: skip
 
 
@@ -72,3 +80,29 @@ def test_rounding_to_halves() -> None:
     y = run(to_half, [x, placed(np.full(8, np.nan, np.float16))], [8], 8)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(y, x.astype(np.float16))
+
+
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_large_angles(name: str) -> None:
+    """Up to 1e5, among them those next to multiples of a quarter turn; 1e-7 is a float32's step."""
+    rng = np.random.default_rng(7)
+    quarters = np.arange(1, 63662, 131) * (np.pi / 2)
+    x = np.concatenate([rng.uniform(-1e5, 1e5, 2000), quarters, -quarters, np.arange(600.0) * 166])
+    x = placed(x.astype(np.float32))
+    y = run(UNARY[name], [x, poisoned(x.size)], [x.size, 0], x.size)
+    wanted = FUNCTIONS[name](x.astype(np.float64))
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(y, wanted, rtol=2.5e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_angles_that_are_not_finite(name: str) -> None:
+    x = placed(np.array([np.inf, -np.inf, np.nan, 0], np.float32))
+    y = run(UNARY[name], [x, poisoned(4)], [4, 0], 4)
+    np.testing.assert_array_equal(y, [np.nan, np.nan, np.nan, float(name == "cos")])
+
+
+def test_integers_to_floats() -> None:
+    x = placed(np.array([0, 1, -1, 2**24 + 1, -(2**24) - 3, 2**62, 123456789012345], np.int64))
+    y = run(from_integers, [x, poisoned(7)], [7], 7)
+    np.testing.assert_array_equal(y, x.astype(np.float32))

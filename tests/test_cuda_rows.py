@@ -44,26 +44,38 @@ def test_rms_norm_of_a_sum() -> None:
     np.testing.assert_allclose(y, wanted, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_layer_norm(with_bias: bool) -> None:
-    x, weight, bias, y = random(2, 333), random(333), random(333), poisoned(2, 333)
-    arguments = [a.ctypes.data if with_bias or a is not bias else 0 for a in (x, weight, bias, y)]
-    kernel = cuda_norm.layer_norm
-    simulate(kernel, 2, kernel.threads, [*arguments, 333, 1e-5], [x, weight, bias, y])
-    wide = x.astype(np.float64)
-    wide = (wide - wide.mean(axis=1, keepdims=True)) / np.sqrt(
-        wide.var(axis=1, keepdims=True) + 1e-5
+@pytest.mark.parametrize("columns", [1, 31, 333])
+def test_layer_norm(columns: int, with_bias: bool, order: str) -> None:
+    """Of one column nothing but the bias is left; a row that is not finite is none of the others'
+    business."""
+    x, weight, bias = random(4, columns), random(columns), random(columns)
+    y, kernel = poisoned(4, columns), cuda_norm.layer_norm
+    x[2] = 7
+    addresses = [a.ctypes.data for a in (x, weight, bias, y)]
+    addresses[2] *= with_bias
+    x[1] = -np.inf
+    simulate(
+        kernel, 4, kernel.threads, [*addresses, columns, 1e-5], [x, weight, bias, y], order=order
     )
-    np.testing.assert_allclose(y, wide * weight + bias * with_bias, rtol=1e-5, atol=2e-6)
+    assert np.isnan(y[1]).all()
+    wide = np.delete(x, 1, axis=0).astype(np.float64)
+    centred = wide - wide.mean(axis=1, keepdims=True)
+    wanted = centred / np.sqrt(wide.var(axis=1, keepdims=True) + 1e-5) * weight + bias * with_bias
+    np.testing.assert_allclose(np.delete(y, 1, axis=0), wanted, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("columns", [1, 259])
-def test_softmax(columns: int) -> None:
-    x, y = random(4, columns), poisoned(4, columns)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("columns", [1, 31, 259])
+def test_softmax(columns: int, order: str) -> None:
+    """Also of large numbers, and of rows that begin with, end with, or are -infinity."""
+    x, y = random(6, columns), poisoned(6, columns)
     x[1] += 1e4
-    x[2] = -np.inf
-    x[3, 0] = -np.inf
-    launch(cuda_norm.softmax_rows, 4, [x, y], [columns])
+    x[2] -= 1e4
+    x[3] = -np.inf
+    x[4, 0] = x[5, columns // 2 :] = -np.inf
+    launch(cuda_norm.softmax_rows, 6, [x, y], [columns], order)
     with np.errstate(invalid="ignore"):
         e = np.exp(x.astype(np.float64) - x.max(axis=1, keepdims=True))
         wanted = np.nan_to_num(e / e.sum(axis=1, keepdims=True))

@@ -86,9 +86,13 @@ def test_of_equal_ones_the_first(places: tuple[int, ...]) -> None:
     assert token[0] == min(places)
 
 
-def test_a_logit_that_is_none_shows() -> None:
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1060, 1099])
+def test_a_logit_that_is_not_finite_shows(place: int, bad: float) -> None:
+    """Also where those of its block are so low that they hardly count."""
     logits = random(1100)
-    logits[1060] = np.nan
+    logits[1024:] -= 500
+    logits[place] = bad
     _, parts = surveyed(logits)
     token, result = placed(np.array([3])), poisoned(1)
     result[0] = 0
@@ -163,3 +167,14 @@ def test_biases_and_penalties() -> None:
         cuda_penalties.penalise, 2, [logits, placed(window)], [290, 300, 1.3, 0.5, 0.25], "random"
     )
     np.testing.assert_allclose(logits, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", FILTERS[2:4])
+def test_logits_that_are_not_finite_do_no_harm(bad: float, options: dict[str, Any]) -> None:
+    """An id comes of them all the same, or some would be read at one that is none."""
+    logits = random(200)
+    logits[[3, 130]] = bad
+    assert 0 <= drawn(logits, SamplingParams(**options), 0.4) < 200
+    logits[:] = bad
+    assert 0 <= drawn(logits, SamplingParams(**options), 0.4) < 200

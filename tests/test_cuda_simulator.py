@@ -10,14 +10,9 @@ import pytest
 
 from onnxstream_nb.kernels.cuda_kernel import CudaKernel
 from onnxstream_nb.kernels.cuda_prims import (
-    commit_copies,
-    copy_async,
     cuda,
     float32,
     load_f32,
-    load_matrices,
-    multiply_8,
-    multiply_16,
     pack_halves,
     shared_128,
     shared_f32,
@@ -26,11 +21,18 @@ from onnxstream_nb.kernels.cuda_prims import (
     store_f32,
     store_shared_f16,
     store_shared_f32,
-    wait_all_copies,
     warp_max,
     warp_sum,
 )
 from onnxstream_nb.kernels.cuda_simulator import ORDERS, simulate
+from onnxstream_nb.kernels.cuda_tensor_prims import (
+    commit_copies,
+    copy_async,
+    load_matrices,
+    multiply_8,
+    multiply_16,
+    wait_all_copies,
+)
 
 Array = np.ndarray[Any, Any]
 

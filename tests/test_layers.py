@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"hub", "llm", "tokenizer", "sampling"},
     "hub": set(),
     "llm": {"session", "kvcache", "passes", "sampling"},
-    "sampling": set(),
+    "sampling": {"registry"},
     "tokenizer": {"formats"},
     "session": {
         "formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace", "gpu",
