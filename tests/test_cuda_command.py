@@ -28,8 +28,8 @@ from onnxstream_nb.gpu.device import DeviceError
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.ui import footer_parts
 
-TINY = Tiny(vocab=405, hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, layers=1)
-MATRICES = 2 * (64 * (64 + 2 * 32 + 64 + 3 * 96) + 405 * 64)  # bytes, float16
+TINY = Tiny(vocab=405, hidden=32, intermediate=64, heads=2, kv_heads=1, head_dim=16, layers=1)
+MATRICES = 2 * (32 * (32 + 2 * 16 + 32 + 3 * 64) + 405 * 32)  # bytes, float16
 NO_DRIVER = (
     "--cuda: no NVIDIA driver was found: install one for your GPU, 580 or newer; the CPU is used"
 )
@@ -84,7 +84,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def generate(path: Path, *arguments: str) -> list[str]:
-    line = ["generate", str(path), "--prompt", "hello", "--max-tokens", "3", "--temperature", "0"]
+    line = ["generate", str(path), "--prompt", "hello", "--max-tokens", "2", "--temperature", "0"]
     return [*line, "--precision", "exact", *arguments]
 
 
@@ -216,6 +216,6 @@ def test_bench_and_perplexity(
     assert document["decode_share"] is None
     (tmp_path / "t.txt").write_text("the quick brown fox " * 20)
     line = ["perplexity", str(model), "--text", str(tmp_path / "t.txt"), "--window", "8"]
-    assert cli.main([*line, "--tokens", "16", "--cuda", "all", "--json"]) == 0
+    assert cli.main([*line, "--tokens", "8", "--cuda", "all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu_bytes"] == MATRICES
     assert len(devices) == 2 and all(device.launched for device in devices)
