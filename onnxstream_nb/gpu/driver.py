@@ -92,7 +92,8 @@ class CudaDevice:
         return handle
 
     def _give_back(self, undo: str, handle: Any) -> None:
-        self._call(undo, self._taken.pop((undo, int(handle))))
+        if self._open:  # else it went with all else
+            self._call(undo, self._taken.pop((undo, int(handle))))
 
     def allocate(self, nbytes: int) -> int:
         return int(self._keep("cuMemFree", int(self._call("cuMemAlloc", max(nbytes, 1)))))
