@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ..device import format_size, parse_size
@@ -11,7 +12,7 @@ from ..errors import UnsupportedError, UsageError
 from ..graph import WeightRef
 from ..plan import Plan, factors
 from ..weights import WeightsProvider
-from .device import Device, DeviceError
+from .device import Device, DeviceError, DeviceMemoryError
 from .provider import RESERVE, WORK, CudaProvider, chosen
 from .whole import Placement, WholeProvider, placement_of
 
@@ -71,14 +72,22 @@ def open_gpu(cuda: int | str, device: Callable[[], Device] | None = None) -> Gpu
     """The first GPU with its budget; None, and a line in the log, when there is none.
 
     `cuda` is bytes, a text such as "4GB", or "auto" or "all": what is free, less a reserve for
-    others and for the work. Raises UsageError for anything else.
+    others and for the work; with 0 no GPU is looked for. Raises UsageError for anything else.
     """
     wanted = _budget(cuda)
+    if wanted == 0:
+        return None
+    found: Device | None = None
     try:
         found = _first() if device is None else device()
-        most = max(0, found.free() - RESERVE - WORK)
+        most = found.free() - RESERVE - WORK
+        if most <= 0:
+            raise DeviceMemoryError(f"{found.name}: too little memory is free")
     except (UnsupportedError, DeviceError) as error:  # a driver without a GPU refuses to begin
         log.warning("--cuda: %s; the CPU is used", error)
+        if found is not None:
+            with suppress(DeviceError):  # which would tell the same once more
+                found.close()
         return None
     return Gpu(found, most if wanted is None else min(wanted, most), whole=cuda == "all")
 
