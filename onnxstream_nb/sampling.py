@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ModelError, UsageError
+from .errors import DeviceMemoryError, ModelError, UsageError
 from .registry import lookup
 
 Floats = npt.NDArray[np.floating]
@@ -159,12 +159,16 @@ class Sampler:
 
     def _next_there(self, logits: Any, recent: Sequence[int]) -> tuple[int, float]:
         """`next`, where the logits lie; what is odd about them is told by the CPU."""
-        uniform = self._random.random()
-        token, logprob = self._device.next(logits, self._window(recent), uniform)
+        uniform, token, logprob = self._random.random(), 0, math.nan
+        try:
+            token, logprob = self._device.next(logits, self._window(recent), uniform)
+        except DeviceMemoryError as error:
+            logits.board.failed(error)
         if math.isfinite(logprob):
             return token, logprob
         here = np.asarray(logits)
         total = log_sum_exp(here)
+        token = self.draw(self.distribution(here, recent), uniform)
         return token, float(here[token]) - total
 
     def next_or_guess(
@@ -196,10 +200,11 @@ class Sampler:
         chosen = nucleus(np.exp(below), p.top_p, p.min_p)
         return Distribution(ids[chosen], np.exp(below[chosen] / p.temperature))
 
-    def draw(self, distribution: Distribution) -> int:
-        """One of its ids, for one random number."""
+    def draw(self, distribution: Distribution, uniform: float | None = None) -> int:
+        """One of its ids, for a number in [0, 1), by default the next random one."""
         cumulative = np.cumsum(distribution.weights)
-        point = self._random.random() * cumulative[-1]
+        uniform = self._random.random() if uniform is None else uniform
+        point = uniform * cumulative[-1]
         return int(distribution.ids[np.searchsorted(cumulative, point, side="right")])
 
     def _window(self, recent: Sequence[int]) -> Sequence[int]:
