@@ -8,15 +8,16 @@ from functools import partial
 
 import numpy as np
 
-from . import arithmetic, elementwise, indexing, norm, rope, shape, softmax  # noqa: F401
-from .cuda_elementwise import BINARY, THREADS, UNARY
+from . import arithmetic, elementwise, fused, indexing, norm, rope, shape, softmax  # noqa: F401
+from .cuda_elementwise import BINARY, THREADS, UNARY, swish_multiply
 from .cuda_matrix import DeviceLookup
-from .cuda_norm import layer_norm, rms_norm, softmax_rows
+from .cuda_norm import add_rms_norm, layer_norm, rms_norm, softmax_rows
 from .cuda_rope import rotate, rows_f32
 from .cuda_rows import on_gpu
 from .dtypes import numpy_dtype
 from .indexing import in_range
 
+OWN = "onnxstream_nb"
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -107,6 +108,28 @@ def rms_normalization(rows, x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     where = rows.address(x), rows.address(scale), y.address
     rows.launch(rms_norm, (x.size // n,), *where, n, epsilon)
     return rows.giving(y)
+
+
+@on_gpu("AddRMSNormalization", 0, 1, 2, domain=OWN)
+def add_rms_normalization(rows, a, b, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
+    """a and b (..., N), scale (N,) -> a + b, and its RMSNormalization."""
+    if axis not in (-1, a.ndim - 1) or scale.shape != a.shape[-1:] or a.shape != b.shape:
+        return None
+    total, y, n = rows.room(a.shape, a.dtype), rows.room(a.shape, scale.dtype), a.shape[-1]
+    where = (rows.address(x) for x in (a, b, scale, total, y))
+    rows.launch(add_rms_norm, (a.size // n,), *where, n, epsilon)
+    return rows.giving(total, y)
+
+
+@on_gpu("SwishMul", 0, 1, domain=OWN)
+def swish_mul(rows, x, y):
+    """x (...), y (...) -> (...), x sigmoid(x) y."""
+    if x.shape != y.shape:
+        return None
+    z = rows.room(x.shape, x.dtype)
+    where = rows.address(x), rows.address(y), z.address
+    rows.launch(swish_multiply, blocks(x.size), *where, x.size)
+    return rows.giving(z)
 
 
 @on_gpu("LayerNormalization", 0, 1, 2)

@@ -120,11 +120,10 @@ class Session:
         if packed is not None:
             self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
         gpu = open_gpu(cuda) if device == "cuda" else None
-        if gpu:
-            self.graph = passes.rewrite_together(self.graph)
-        plan_for = partial(make_plan, self.graph, decode_constant, packer.panel_bytes, precision)
+        plan_for = partial(_planned, self.graph, packer.panel_bytes, precision)
         self.plan: Plan
-        self.plan, placed = gpu.plan(plan_for, cache) if gpu else (plan_for(), ())
+        self.plan, placed = gpu.plan(plan_for, cache) if gpu else (plan_for("cpu"), ())
+        self.graph = self.plan.graph
         rest = without(self.plan, placed)
         as_stored = load == "mmap" or (load == "stream" and ram is None)  # nothing is packed
         prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
@@ -329,6 +328,15 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _planned(graph: Graph, has_panels: Callable[[WeightRef], Any], precision: str,
+             device: str) -> Plan:  # fmt: skip
+    """The plan for a device of the registry's, of the graph as it is best there."""
+    rewrites = {"cuda": passes.rewrite_fused, "offload": passes.rewrite_together}
+    if device in rewrites:
+        graph = rewrites[device](graph)
+    return make_plan(graph, decode_constant, has_panels, precision, device)
 
 
 def _next_tokens(feeds: Mapping[str, Any]) -> int:

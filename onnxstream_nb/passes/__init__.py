@@ -36,6 +36,7 @@ from onnxstream_nb.passes import (
     uint8_matrices,
 )
 from onnxstream_nb.passes.facts import Read
+from onnxstream_nb.passes.fused import rewrite_fused
 from onnxstream_nb.passes.kvcache import CachePair, find_cache
 from onnxstream_nb.passes.logit_rows import LOGIT_ROWS, rewrite_logit_rows
 from onnxstream_nb.passes.together import rewrite_together
@@ -43,8 +44,9 @@ from onnxstream_nb.passes.unpadded import rewrite_unpadded
 from onnxstream_nb.passes.windows import rewrite_windows
 
 __all__ = [
-    "LOGIT_ROWS", "CachePair", "clean", "find_cache", "optimize", "rewrite_logit_rows",
-    "rewrite_together", "rewrite_unpadded", "rewrite_windows", "with_quantised_weights",
+    "LOGIT_ROWS", "CachePair", "clean", "find_cache", "optimize", "rewrite_fused",
+    "rewrite_logit_rows", "rewrite_together", "rewrite_unpadded", "rewrite_windows",
+    "with_quantised_weights",
 ]  # fmt: skip
 
 _CLEANING = (constants, identity, common, reshapes, dead)

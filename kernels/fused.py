@@ -1,0 +1,24 @@
+"""Pairs of operators that a GPU computes in one launch (passes/fused.py), by the CPU.
+
+Dims: rows of N elements (..., N).
+"""
+
+from ..registry import declared, op
+from . import arithmetic  # noqa: F401  it declares the two
+from .elementwise import swish
+from .norm import rms_normalization
+
+ADD, MULTIPLY = (declared(name)[7].function for name in ("Add", "Mul"))
+
+
+@op("AddRMSNormalization", domain="onnxstream_nb")
+def add_rms_normalization(a, b, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
+    """a and b (..., N), scale (N,) -> a + b, and its RMSNormalization."""
+    total = ADD(a, b)
+    return total, rms_normalization(total, scale, axis=axis, epsilon=epsilon, stash_type=stash_type)
+
+
+@op("SwishMul", domain="onnxstream_nb")
+def swish_mul(x, y):
+    """x (..., N), y (..., N) -> x sigmoid(x) y."""
+    return MULTIPLY(swish(x), y)

@@ -1,0 +1,59 @@
+"""For a GPU, where a launch costs as much as a small operator takes: two of them are one.
+
+Add and RMSNormalization become AddRMSNormalization (a, b, scale) -> (a + b, its norm), Swish and
+Mul SwishMul (x, y) -> swish(x) y. Both are operators of the domain onnxstream_nb, so this is no
+rewrite for graphs that are written out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from onnxstream_nb.graph import Graph, Node
+
+DOMAIN = "onnxstream_nb"
+
+
+def rewrite_fused(graph: Graph) -> Graph:
+    """The graph with those pairs as one node, where the first is computed."""
+    readers = graph.consumers()
+    outputs = {value.name for value in graph.outputs}
+    fused: dict[int, Node] = {}
+    gone: set[int] = set()
+    places = {id(node): i for i, node in enumerate(graph.nodes)}
+    for i, node in enumerate(graph.nodes):
+        followers = readers.get(node.outputs[0], []) if node.outputs else []
+        if _is(node, "Add"):
+            norms = [n for n in followers if _is(n, "RMSNormalization") and _normalizes(n, node)]
+            if len(norms) == 1 and norms[0].inputs[1] in graph.initializers:
+                fused[i] = _add_norm(node, norms[0])
+                gone.add(places[id(norms[0])])
+        elif _is(node, "Swish") and node.attributes.get("alpha", 1.0) == 1.0:
+            alone = len(followers) == 1 and node.outputs[0] not in outputs
+            if alone and _is(followers[0], "Mul") and len(set(followers[0].inputs)) == 2:
+                fused[places[id(followers[0])]] = _swish_mul(node, followers[0])
+                gone.add(i)
+    nodes = tuple(fused.get(i, node) for i, node in enumerate(graph.nodes) if i not in gone)
+    return graph.with_(nodes=nodes)
+
+
+def _is(node: Node, op_type: str) -> bool:
+    return node.op_type == op_type and not node.domain
+
+
+def _normalizes(norm: Node, add: Node) -> bool:
+    return norm.inputs[0] == add.outputs[0] and norm.inputs[1] != add.outputs[0]
+
+
+def _add_norm(add: Node, norm: Node) -> Node:
+    return replace(
+        norm, op_type="AddRMSNormalization", domain=DOMAIN,
+        inputs=(*add.inputs, norm.inputs[1]), outputs=(add.outputs[0], norm.outputs[0]),
+    )  # fmt: skip
+
+
+def _swish_mul(swish: Node, mul: Node) -> Node:
+    other = next(name for name in mul.inputs if name != swish.outputs[0])
+    return replace(
+        mul, op_type="SwishMul", domain=DOMAIN, inputs=(swish.inputs[0], other), attributes={}
+    )
