@@ -168,7 +168,7 @@ class Bench:
     def decode(self, name: str, geometry: Any, folder: Path) -> Iterator[dict[str, Any]]:
         """Tokens a second with nothing, some and all of the matrices on the GPU."""
         with random_model(name, geometry, self.given.dtype, folder) as graph:
-            whole = sum(ref.nbytes for ref in graph.weights.values())
+            whole = sum(ref.nbytes for ref in graph.initializers.values())
             budgets = [0, "all"] if self.dry else [0, whole // 4, whole // 2, 3 * whole // 4, "all"]
             for budget in budgets:
                 llm = LanguageModel(graph, device="cuda", cuda=budget, context=512 - 448 * self.dry)

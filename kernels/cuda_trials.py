@@ -13,7 +13,7 @@ from .cuda_attention import combine_splits, decode_attention, partial_bytes, que
 from .cuda_flash import prefill_attention
 from .cuda_gemm import GEMM, GEMM_75, GEMM_SMALL
 from .cuda_gemv import ENCODINGS, GEMV, WARPS
-from .cuda_matmul import TILES
+from .cuda_matrix import TILES
 from .cuda_norm import rms_norm, softmax_rows
 from .cuda_sampling import SHARE_BITS, draw
 from .cuda_survey import CHUNK, LOWEST, PART, SURVEYED, survey, take_largest

@@ -23,7 +23,7 @@ class Rows:
     """Outputs, the calls (kernel, *arguments) that fill them, and what keeps their memory alive.
 
     `growth` lists (call, argument, increment a position). A `serial` operator is too small to be
-    shared between threads.
+    shared between threads. What is `swift` is done before anybody can want to stop it.
     """
 
     outputs: tuple
@@ -31,6 +31,12 @@ class Rows:
     growth: tuple = ()
     serial: bool = False
     keep: tuple = ()
+    swift = False
+
+    @staticmethod
+    def table(parts):
+        """A table of several such rows."""
+        return Table(parts)
 
     def run(self):
         """Run the calls now; the outputs, alone when there is one."""
@@ -70,8 +76,8 @@ class Table:
 
 @op("Table", domain="onnxstream_nb")
 def table(parts):
-    """A table of lowered operators."""
-    return Table(parts)
+    """A table of lowered operators, of those that are lowered in one way."""
+    return parts[0].table(parts)
 
 
 @op("FewRows", domain="onnxstream_nb")

@@ -28,6 +28,14 @@ class MemoryBudgetError(OnnxstreamError):
     """The model cannot run in the memory it was given; the message says what would do."""
 
 
+class DeviceError(OnnxstreamError):
+    """A GPU, or its driver, refused something."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has no memory of that size left."""
+
+
 class DownloadError(OnnxstreamError):
     """A download failed or a file is not what its hash says."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
@@ -33,7 +33,7 @@ class KVCache:
     room: that is address space, memory is taken as it fills. With a folder `spill`, layers that
     do not fit in `resident` bytes at full length lie in a file there, the last ones first; what
     they need in memory, with passes of up to `chunk` tokens, counts as well. `windows` are the
-    shares into which the thread team cuts its work.
+    shares into which the thread team cuts its work; `place` makes those that are in no file.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class KVCache:
         spill: Path | None = None,
         chunk: int = CHUNK,
         windows: int = MOST_WINDOWS,
+        place: Callable[[Slot], Slot] = Slot.in_memory,
     ) -> None:
         plan = _Plan(graph, pairs, encoding, positions)
         kept = len(plan.layers)
@@ -63,7 +64,7 @@ class KVCache:
             if isinstance(slot, Slot) and self.file is not None and name in offsets:
                 self.slots[name] = SpilledSlot(self.file, offsets[name], slot)
             else:
-                self.slots[name] = slot if isinstance(slot, ArraySlot) else slot.in_memory()
+                self.slots[name] = slot if isinstance(slot, ArraySlot) else place(slot)
         spilled = [tuple(cast(SpilledSlot, self.slots[name]) for name in pair) for pair in on_disk]
         for (keys, _), following in zip(spilled, spilled[1:] + spilled[:1], strict=True):
             keys.following = following[0].with_values(following[1])

@@ -80,7 +80,7 @@ class LanguageModel:
         self.session = Session(
             self.graph, load=load, ram=ram, threads=threads, precision=self.precision,
             device=device, cuda=cuda, optimize=False, reserve=reserve, packed=packed,
-            progress=progress,
+            cache=sequences * self.cache_bytes_at(self.context), progress=progress,
         )  # fmt: skip
         self.chunk, self.logit_chunk = self.session.chunk, logit_chunk(self.graph)
         self.full_cache_bytes = self.cache_bytes_at(self.context)
@@ -119,6 +119,7 @@ class LanguageModel:
             return KVCache(
                 self.graph, self.pairs, self._encoding, self.context,
                 resident=self.session.reserve, spill=spill, windows=windows,
+                place=self.session.slots(),
             )  # fmt: skip
         except BaseException:
             self.session.close()
@@ -190,7 +191,9 @@ class LanguageModel:
 
     def new_cache(self, positions: int) -> KVCache:
         """An empty cache for so many positions of another sequence: see sequences.py."""
-        return KVCache(self.graph, self.pairs, self._encoding, positions)
+        return KVCache(
+            self.graph, self.pairs, self._encoding, positions, place=self.session.slots()
+        )
 
     def feed(self, ids: Sequence[int], stop: threading.Event | None = None) -> Logits:
         """Read `ids` and return the logits (V,) float32 that follow the last of them.

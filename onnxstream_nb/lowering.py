@@ -109,7 +109,8 @@ class Replay:
             raise Interrupted("the run was stopped")
         arguments = [self._argument(self.values, name, form) for name, form in step.inputs]
         self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
-        rows, still = None, not any(self._varies(name) for name, _ in step.inputs)
+        still = not any(self._varies(name) or self._comes(name, f) for name, f in step.inputs)
+        rows = None
         if step.operator.lower and still and all(map(self._is_lasting, step.weights)):
             rows = step.operator.lower(*arguments, **step.attributes)
         if rows is None:
@@ -132,27 +133,42 @@ class Replay:
             and (known.shape != now.shape)
         )
 
+    def _comes(self, name: str, form: Form) -> bool:
+        """Whether a value has to be brought from elsewhere: no row can hold its address."""
+        value = self.values.get(name)
+        return form is Form.ARRAY and value is not None and not isinstance(value, np.ndarray)
+
     def _make_parts(
         self, entries: Sequence[_Entry], plan: Plan, make_table: Callable[[Iterable[Any]], Any]
     ) -> Iterator[Any]:
-        """Tables of rows as long as may be, and between them the steps that Python runs."""
+        """Tables of rows as long as may be, and between them the steps that Python runs: those that
+        need nothing of a table before it."""
         lasting = set(self._fixed)  # values that stay where they are
+        computed: set[str] = set()  # in tables, and what is made of it
         pending: list[Any] = []
         read = 0
         for entry in entries:
-            read += sum(ref.nbytes for ref in entry.step.weights)
+            changing = _changing(entry.step, plan)
+            follows = not computed.isdisjoint(changing)
             if entry.rows is not None:
+                if pending and type(pending[0]) is not type(entry.rows):
+                    yield make_table(pending)
+                    pending, read = [], 0
                 pending.append(entry.rows)
+                if not entry.rows.swift:
+                    read += sum(ref.nbytes for ref in entry.step.weights)
                 lasting.update(entry.step.outputs)
-            elif entry.is_view and _changing(entry.step, plan)[0] in lasting:
+            elif entry.is_view and changing[0] in lasting:
                 lasting.update(entry.step.outputs)
             else:
-                if pending:
+                if pending and follows:
                     yield make_table(pending)
-                pending, read = [], 0
+                    pending, read = [], 0
                 fixed = self._fixed
                 places = [self.values[n] if n in fixed else None for n in entry.step.outputs]
                 yield _Host(entry.step, places)
+            if follows or entry.rows is not None:
+                computed.update(entry.step.outputs)
             if read > TABLE_BYTES and pending:
                 yield make_table(pending)
                 pending, read = [], 0

@@ -131,6 +131,7 @@ def without(plan: Plan, refs: Collection[WeightRef]) -> Plan:
         plan,
         weights=tuple(ref for ref in plan.weights if ref.matrix not in gone),
         packable=tuple(ref for ref in plan.packable if ref.matrix not in gone),
+        tables=tuple(ref for ref in plan.tables if ref.matrix not in gone),
     )
 
 

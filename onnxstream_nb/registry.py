@@ -92,10 +92,21 @@ def op(
             view=view,
             working=working,
         )  # fmt: skip
-        _OPERATORS.setdefault((domain, op_type, device), {})[since] = entry
+        register(entry)
         return function
 
     return declare
+
+
+def register(operator: Operator) -> None:
+    """Remember an operator."""
+    where = operator.domain, operator.op_type, operator.device
+    _OPERATORS.setdefault(where, {})[operator.since] = operator
+
+
+def declared(op_type: str, domain: str = "", device: str = "cpu") -> Mapping[int, Operator]:
+    """{since: Operator} of what files of kernels that are loaded have declared."""
+    return _OPERATORS[domain, op_type, device]
 
 
 def lookup(op_type: str, domain: str, version: int, device: str = "cpu") -> Operator | None:

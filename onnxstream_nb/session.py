@@ -20,10 +20,11 @@ from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
 from .gpu.offload import open_gpu
 from .graph import Graph, Value, WeightRef
+from .kvslot import Slot
 from .loading import choose, choose_reserve, make_provider
 from .lowering import TABLE_BYTES, Replay
 from .packed_weights import with_packed_file
-from .plan import Form, Plan, describe, factors, make_plan, without
+from .plan import Form, Plan, describe, make_plan, without
 from .registry import lookup
 from .streaming import StreamProvider
 from .weights import Weight, WeightsProvider, numpy_dtype
@@ -77,15 +78,15 @@ class Session:
     `load` says how weights are held: "ram", "mmap", "stream", or "auto" (in memory when they and
     the work fit what is free, else a budget with a margin); `ram` is a budget, bytes or a text such
     as "2GB", of which `reserve` bytes are set aside for a cache, one of several where that depends
-    on the budget: it becomes the attribute. `threads` defaults to the physical cores;
-    `precision` says how products of many rows are computed: "exact" as in float32 (block
-    encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may become NaN),
-    "fast" in bfloat16 where the processor has it. With the `device` "cuda" matrices lie on a GPU,
-    as many as fit the budget `cuda`: bytes, a text such as "4GB", or "auto" and "all" for what it
-    has; where there is no GPU, the CPU is used, and the log says so. `optimize=False` runs the
-    graph as it stands. With `packed`, a folder, weights that have panels are kept there packed, for
-    the next start and for streaming. `progress(text, fraction)` is told what takes long, above all
-    the first compilation of kernels.
+    on the budget: it becomes the attribute; `cache` is what one takes on a GPU. `threads` defaults
+    to the physical cores; `precision` says how products of many rows are computed: "exact" as in
+    float32 (block encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may
+    become NaN), "fast" in bfloat16 where the processor has it. With the `device` "cuda" matrices
+    lie on a GPU, as many as fit the budget `cuda`: bytes, a text such as "4GB", or "auto" for what
+    it has; with "all" the whole model and what it computes do, if they fit. Where there is no GPU, the
+    CPU is used, and the log says so. `optimize=False` runs the graph as it stands. With `packed`, a
+    folder, weights that have panels are kept there packed, for the next start and for streaming.
+    `progress(text, fraction)` is told what takes long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
     MemoryBudgetError when the budget cannot be kept, UsageError for a bad argument.
@@ -103,6 +104,7 @@ class Session:
         cuda: int | str = "auto",
         optimize: bool = True,
         reserve: int | Sequence[int] = 0,
+        cache: int = 0,
         packed: str | Path | None = None,
         progress: Progress | None = None,
     ) -> None:
@@ -119,10 +121,9 @@ class Session:
         gpu = open_gpu(cuda) if device == "cuda" else None
         if gpu:
             self.graph = passes.rewrite_together(self.graph)
-        self.plan: Plan = make_plan(
-            self.graph, decode_constant, packer.panel_bytes, precision, device if gpu else "cpu"
-        )
-        placed = gpu.choose(factors(self.plan)) if gpu else []
+        plan_for = partial(make_plan, self.graph, decode_constant, packer.panel_bytes, precision)
+        self.plan: Plan
+        self.plan, placed = gpu.plan(plan_for, cache) if gpu else (plan_for(), ())
         rest = without(self.plan, placed)
         as_stored = load == "mmap" or (load == "stream" and ram is None)  # nothing is packed
         prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
@@ -161,6 +162,11 @@ class Session:
         if isinstance(provider, StreamProvider) and provider.bytes_a_pass:
             return provider
         return None
+
+    def slots(self) -> Callable[[Slot], Any]:
+        """What gives the slots of a cache their place."""
+        made = getattr(self.provider, "slots", None)
+        return Slot.in_memory if made is None else made()
 
     @property
     def gpu_bytes(self) -> int:
@@ -289,7 +295,8 @@ class Session:
         if isinstance(value, Weight):
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):
-            return value
+            on_its_way = hasattr(value, "__array__") and not hasattr(value, "reserve")
+            return np.asarray(value) if on_its_way else value
         # A replay overwrites what it computed; a view may look at a feed or a constant, and a
         # constant itself is read-only: results are the caller's to change.
         shared = self._replay or value.base is not None or not value.flags.writeable

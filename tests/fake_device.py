@@ -19,7 +19,8 @@ Queue = list[Callable[[], None]]
 
 
 class FakeDevice:
-    """See gpu/device.py. `fail_after` so many calls every one of them raises DeviceError."""
+    """See gpu/device.py. `fail_after` so many calls every one of them raises DeviceError; for the
+    allocations whose numbers are `refused` (pinned memory counts, too) there is no memory."""
 
     name = "a GPU of the tests"
 
@@ -30,6 +31,7 @@ class FakeDevice:
         self.memory, self.capability, self.order = memory, capability, order
         self.held: dict[int, Array] = {}
         self.calls, self.fail_after = 0, fail_after
+        self.allocations, self.refused = 0, set[int]()
         self.launched: list[str] = []
         self.closed = False
         self._capturing: tuple[int, Queue] | None = None
@@ -50,23 +52,29 @@ class FakeDevice:
     def free(self) -> int:
         return self.memory - sum(array.nbytes - ALIGNMENT for array in self.held.values())
 
-    def allocate(self, nbytes: int) -> int:
+    def _take(self, has_room: bool) -> None:
         self._enter()
-        if nbytes > self.free():
+        self.allocations += 1
+        if not has_room or self.allocations - 1 in self.refused:
             raise DeviceMemoryError(f"{self.name}: out of memory")
+
+    def allocate(self, nbytes: int) -> int:
+        self._take(nbytes <= self.free())
         room = np.full(nbytes + ALIGNMENT, 0xFF, np.uint8)
         address = room.ctypes.data + -room.ctypes.data % ALIGNMENT
         self.held[address] = room
         return int(address)
 
     def release(self, address: int) -> None:
+        self._enter()
         del self.held[address]
 
     def pinned(self, nbytes: int) -> Array:
-        self._enter()
+        self._take(True)
         return np.full(nbytes, 0xFF, np.uint8)
 
     def stream(self) -> int:
+        self._enter()
         self._queues[len(self._queues)] = []
         return len(self._queues) - 1
 
@@ -134,3 +142,4 @@ class FakeDevice:
     def close(self) -> None:
         self.closed = True
         self.held.clear()
+        self._enter()

@@ -28,18 +28,20 @@ from onnxstream_nb.gpu.device import DeviceError
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.ui import footer_parts
 
-TINY = Tiny(vocab=405, hidden=64, intermediate=96, heads=2, kv_heads=1, head_dim=32, layers=1)
-MATRICES = 2 * (64 * (64 + 2 * 32 + 64 + 3 * 96) + 405 * 64)  # bytes, float16
+TINY = Tiny(vocab=405, hidden=32, intermediate=64, heads=2, kv_heads=1, head_dim=16, layers=1)
+MATRICES = 2 * (32 * (32 + 2 * 16 + 32 + 3 * 64) + 405 * 32)  # bytes, float16
 NO_DRIVER = (
     "--cuda: no NVIDIA driver was found: install one for your GPU, 580 or newer; the CPU is used"
 )
-ONLY_WITH_CUDA = """
+REFUSED = """
 import sys
 class Refused:
     def find_spec(self, name, path=None, target=None):
         assert name.partition(".")[0] not in ("cuda", "numba_cuda"), name
         assert not name.startswith("numba.cuda"), name
 sys.meta_path.insert(0, Refused())
+"""
+RUN = """
 from onnxstream_nb.cli import main
 code = main(sys.argv[1:])
 taken = [n for n in sys.modules if n.split(".")[0] == "cuda" or n.startswith("numba.cuda")]
@@ -84,7 +86,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def generate(path: Path, *arguments: str) -> list[str]:
-    line = ["generate", str(path), "--prompt", "hello", "--max-tokens", "3", "--temperature", "0"]
+    line = ["generate", str(path), "--prompt", "hello", "--max-tokens", "2", "--temperature", "0"]
     return [*line, "--precision", "exact", *arguments]
 
 
@@ -123,11 +125,21 @@ def test_what_is_no_size_is_refused(given: str) -> None:
 @pytest.mark.parametrize("verb", ["help", "generate"])
 def test_without_the_flag_nothing_of_cuda_is_imported(verb: str, model: Path) -> None:
     arguments = ["chat", "--help"] if verb == "help" else generate(model)
-    done = subprocess.run(
-        [sys.executable, "-c", ONLY_WITH_CUDA, *arguments], capture_output=True, text=True
-    )
+    done = python(REFUSED + RUN, *arguments)
     assert done.returncode == 0, done.stderr
     assert "AssertionError" not in done.stderr
+
+
+def test_an_import_of_cuda_would_be_seen() -> None:
+    looked = python(REFUSED + "from onnxstream_nb.gpu import found; found.compiler_version()")
+    assert looked.returncode == 1 and "AssertionError: cuda" in looked.stderr
+    taken = python("import sys, types; sys.modules['numba.cuda'] = types.ModuleType('c')\n" + RUN)
+    assert taken.returncode == 1 and "['numba.cuda']" in taken.stderr
+
+
+def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(line, capture_output=True, text=True)
 
 
 def test_without_a_gpu_one_line_says_so(
@@ -216,6 +228,6 @@ def test_bench_and_perplexity(
     assert document["decode_share"] is None
     (tmp_path / "t.txt").write_text("the quick brown fox " * 20)
     line = ["perplexity", str(model), "--text", str(tmp_path / "t.txt"), "--window", "8"]
-    assert cli.main([*line, "--tokens", "16", "--cuda", "all", "--json"]) == 0
+    assert cli.main([*line, "--tokens", "8", "--cuda", "all", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu_bytes"] == MATRICES
     assert len(devices) == 2 and all(device.launched for device in devices)

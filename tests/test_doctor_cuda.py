@@ -104,6 +104,17 @@ def test_a_gpu_that_cannot_be_opened(machine: Machine, error: Exception) -> None
     assert "nvidia-smi" in check.remedy
 
 
+def test_a_gpu_that_fails_when_it_is_looked_at(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def free() -> int:
+        raise DeviceError("cuMemGetInfo: lost")
+
+    monkeypatch.setattr(machine.opened, "free", free)
+    assert machine.checks()["cuda"].detail == "cuMemGetInfo: lost; the CPU is used"
+    assert machine.opened.closed
+
+
 def test_opening_says_the_first_thing_that_is_missing(machine: Machine) -> None:
     machine.packages.clear()
     with pytest.raises(UnsupportedError, match=r"numba-cuda is not installed: pip install"):

@@ -16,7 +16,7 @@ LEAVES = {"errors", "graph", "device", "progress"}
 
 ROOMS = {
     "__main__": "cli", "synthetic": "measure", "perplexity": "measure", "generation": "model",
-    "loading": "session", "lowering": "session", "plan": "session", "weight": "weights",
+    "loading": "session", "lowering": "session", "weight": "weights",
     "packing": "session", "streaming": "weights", "files": "weights", "kvslot": "kvcache",
     "spill": "kvcache", "spill_file": "kvcache",
     "liveness": "session", "shapes": "session", "lookup": "weights",
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     PACKAGE: {"model", "session"},
     "cli": {
         "chat", "hub", "ui", "model", "measure", "llm", "formats", "session", "tokenizer",
-        "registry", "trace", "passes", "kvcache", "packed_file", "convert", PACKAGE,
+        "registry", "trace", "passes", "kvcache", "packed_file", "convert", "gpu", "plan", PACKAGE,
     },
     "convert": {
         "hub", "formats", "passes", "session", "registry", "tokenizer", "llm", "packed_file",
@@ -48,11 +48,13 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": {"formats"},
     "session": {
         "formats", "passes", "weights", "packed_file", "kvcache", "registry", "trace", "gpu",
+        "plan",
     },
+    "plan": {"registry"},
     "kvcache": {"passes", "weights"},
     "weights": set(),
     "packed_file": {"weights"},
-    "gpu": {"weights", "registry"},
+    "gpu": {"weights", "registry", "plan", "kvcache"},
     "formats": set(),
     "passes": set(),
     "trace": set(),

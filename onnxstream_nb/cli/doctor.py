@@ -9,6 +9,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -173,15 +174,14 @@ def cuda() -> Iterator[Check]:
         yield Check("cuda", "ok", "cannot be used yet; the CPU is used")
         return
     try:
-        gpu = driver.CudaDevice()
-        room = f"{format_size(gpu.free())} free of {format_size(gpu.memory)}"
+        with closing(driver.CudaDevice()) as gpu:
+            room = f"{format_size(gpu.free())} free of {format_size(gpu.memory)}"
     except OnnxstreamError as error:
         remedy = "nvidia-smi shows what the driver finds; CUDA_VISIBLE_DEVICES may hide it"
         yield Check("cuda", "note", f"{error}; the CPU is used", remedy)
         return
     major, minor = gpu.capability
     yield Check("cuda", "ok", f"{gpu.name}, capability {major}.{minor}, {room}")
-    gpu.close()
 
 
 def terminal() -> Iterator[Check]:

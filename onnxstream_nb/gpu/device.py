@@ -11,7 +11,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import OnnxstreamError
+from ..errors import DeviceError, DeviceMemoryError
+
+__all__ = [
+    "ALIGNMENT",
+    "Array",
+    "Device",
+    "DeviceError",
+    "DeviceMemoryError",
+    "Graph",
+    "Grid",
+    "Stream",
+]
 
 Array = np.ndarray[Any, Any]
 Grid = Sequence[int]
@@ -19,14 +30,6 @@ Stream = Any
 Graph = Any
 
 ALIGNMENT = 256  # of what is allocated
-
-
-class DeviceError(OnnxstreamError):
-    """The GPU, or its driver, refused something."""
-
-
-class DeviceMemoryError(DeviceError):
-    """The GPU has no memory of that size left."""
 
 
 class Device(Protocol):

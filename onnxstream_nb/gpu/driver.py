@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -31,13 +33,26 @@ class CudaDevice:
 
     def __init__(self, number: int = 0) -> None:
         self._driver = _driver()
+        self._taken: dict[tuple[str, int], Any] = {}  # what gives it back, its number -> itself
+        self._unused: list[int] = []  # addresses of pinned memory that nobody looks at any more
+        self._functions: dict[str, Any] = {}
         self._call("cuInit", 0)
         count = self._call("cuDeviceGetCount")
         if number >= count:
             raise UnsupportedError(f"there is no GPU number {number}: the driver finds {count}")
         self._device = self._call("cuDeviceGet", number)
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._open = True
         self._threads = threading.local()  # a context is current, or not, for each of them
+        try:
+            self._describe()
+        except BaseException:
+            with suppress(DeviceError):  # the first one says what is the matter
+                self.close()
+            raise
+
+    def _describe(self) -> None:
+        """What the GPU is, and whether it will do."""
         self.name = self._call("cuDeviceGetName", 256, self._device).split(b"\0")[0].decode()
         about = self._driver.CUdevice_attribute
         self.capability = (
@@ -50,7 +65,6 @@ class CudaDevice:
                 f"{LEAST[0]}.{LEAST[1]} or more is needed"
             )
         self.memory = int(self._call("cuDeviceTotalMem", self._device))
-        self._functions: dict[str, Any] = {}
 
     def _attribute(self, what: Any) -> int:
         return int(self._call("cuDeviceGetAttribute", what, self._device))
@@ -72,20 +86,35 @@ class CudaDevice:
     def free(self) -> int:
         return int(self._call("cuMemGetInfo")[0])
 
+    def _keep(self, undo: str, handle: Any) -> Any:
+        """Note what the driver's function `undo` has to be called for."""
+        self._taken[undo, int(handle)] = handle
+        return handle
+
+    def _give_back(self, undo: str, handle: Any) -> None:
+        if self._open:  # else it went with all else
+            self._call(undo, self._taken.pop((undo, int(handle))))
+
     def allocate(self, nbytes: int) -> int:
-        return int(self._call("cuMemAlloc", max(nbytes, 1)))
+        return int(self._keep("cuMemFree", int(self._call("cuMemAlloc", max(nbytes, 1)))))
 
     def release(self, address: int) -> None:
-        self._call("cuMemFree", address)
+        self._give_back("cuMemFree", address)
 
     def pinned(self, nbytes: int) -> Array:
+        # What was let go of is given back here: not whenever it is collected, which may be in
+        # another thread, or amid a capture.
+        while self._unused:
+            self._give_back("cuMemFreeHost", self._unused.pop())
         address = int(self._call("cuMemHostAlloc", max(nbytes, 1), 0))
+        self._keep("cuMemFreeHost", address)
         room: Any = (ctypes.c_uint8 * nbytes).from_address(address)
+        weakref.finalize(room, self._unused.append, address)
         return np.ctypeslib.as_array(room)
 
     def stream(self) -> Stream:
         flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return self._call("cuStreamCreate", int(flags))
+        return self._keep("cuStreamDestroy", self._call("cuStreamCreate", int(flags)))
 
     def upload(self, address: int, array: Array, stream: Stream) -> None:
         self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, stream)
@@ -113,7 +142,8 @@ class CudaDevice:
     def _function(self, kernel: Any) -> Any:
         found = self._functions.get(kernel.name)
         if found is None:
-            module = self._call("cuModuleLoadData", kernel.ptx(self.capability).encode())
+            module = self._call("cuModuleLoadData", self._compiled(kernel).encode())
+            self._keep("cuModuleUnload", module)
             found = self._call("cuModuleGetFunction", module, kernel.name.encode())
             if kernel.shared > _DEFAULT_SHARED:
                 about = self._driver.CUfunction_attribute
@@ -121,6 +151,14 @@ class CudaDevice:
                 self._call("cuFuncSetAttribute", found, most, kernel.shared)
             self._functions[kernel.name] = found
         return found
+
+    def _compiled(self, kernel: Any) -> str:
+        """Its PTX. A compiler that cannot is as a GPU that cannot: the CPU will do."""
+        try:
+            return str(kernel.ptx(self.capability))
+        except Exception as error:  # Numba's, NVVM's, the linker's, of the disk it is cached on
+            said = f"{type(error).__name__}: {error}"
+            raise DeviceError(f"{self.name}: {kernel.name} was not compiled: {said}") from error
 
     def synchronize(self, stream: Stream) -> None:
         self._call("cuStreamSynchronize", stream)
@@ -131,17 +169,30 @@ class CudaDevice:
         try:
             work()
         finally:
-            graph = self._call("cuStreamEndCapture", stream)
-        ready = self._call("cuGraphInstantiate", graph, 0)
-        self._call("cuGraphDestroy", graph)
+            graph = self._keep("cuGraphDestroy", self._call("cuStreamEndCapture", stream))
+        ready = self._keep("cuGraphExecDestroy", self._call("cuGraphInstantiate", graph, 0))
+        self._give_back("cuGraphDestroy", graph)
         return ready
 
     def replay(self, graph: Graph, stream: Stream) -> None:
         self._call("cuGraphLaunch", graph, stream)
 
     def close(self) -> None:
+        """Give everything back: others may have the GPU's context open, which then keeps what is in
+        it. Raises DeviceError when the driver refused any of it, after all was tried."""
+        if not self._open:
+            return
+        self._open, errors = False, []
+        last = [("cuDevicePrimaryCtxRelease", self._device)]
+        for undo, handle in [*((undo, it) for (undo, _), it in self._taken.items())][::-1] + last:
+            try:
+                self._call(undo, handle)
+            except DeviceError as error:
+                errors.append(error)
+        self._taken.clear()
         self._functions.clear()
-        self._call("cuDevicePrimaryCtxRelease", self._device)
+        if errors:
+            raise errors[0]
 
 
 def _three(sizes: Grid) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..registry import lookup
-from .device import Array, Device, DeviceError, DeviceMemoryError
+from .device import Array, Device, DeviceError, DeviceMemoryError, Stream
 
 LANES = 4  # q, k and v at once, or gate and up
 FLOAT = 4
@@ -94,7 +94,7 @@ class _Lane:
 
     def __init__(self, lanes: Lanes) -> None:
         self._lanes, self._device = lanes, lanes.device
-        self._stream = self._device.stream()
+        self._stream: Stream = None  # begun by the first product
         self._rooms: dict[str, tuple[int, int]] = {}  # what for -> address, bytes
         self._pinned: dict[str, Array] = {}
         self._waited: Pending | None = None
@@ -112,8 +112,19 @@ class _Lane:
         if self._lanes.broken or not rows.size or not matrix.shape[1]:
             return
         try:
+            if self._stream is None:
+                self._stream = self._device.stream()
             self._enqueue(rows, matrix)
             self._begun = True
+        except DeviceError as error:
+            self._lanes.failed(error)
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what was begun before something was refused: its room may be given back."""
+        try:
+            if self._stream is not None:
+                self._device.synchronize(self._stream)
         except DeviceError as error:
             self._lanes.failed(error)
 
@@ -124,6 +135,7 @@ class _Lane:
         self._grow({"x": FLOAT * m * wide, "half": 2 * m * wide, "y": FLOAT * m * n})
         self._grow({"scratch": scratch})
         x = self._host("x", FLOAT * m * wide).view(np.float32).reshape(m, wide)
+        y = self._host("y", FLOAT * m * n)
         x[:, :k], x[:, k:] = rows, 0
         where = {what: address for what, (address, _) in self._rooms.items()}
         device.upload(where["x"], x, self._stream)
@@ -131,10 +143,10 @@ class _Lane:
             where["x"], where["y"], where["half"], m, device.capability, where.get("scratch", 0)
         ):
             device.launch(kernel, grid, block, arguments, self._stream)
-        device.download(self._host("y", FLOAT * m * n), where["y"], self._stream)
+        device.download(y, where["y"], self._stream)
 
     def _grow(self, wanted: dict[str, int]) -> None:
-        """Room on the device for each; a larger one replaces what was there, if there is memory."""
+        """Room on the device for each; a larger one takes the place of what was there."""
         for what, size in wanted.items():
             address, had = self._rooms.get(what, (0, 0))
             if size <= had:
@@ -144,10 +156,10 @@ class _Lane:
                     f"{self._device.name}: products of so many rows take more than the memory "
                     "that is set aside for them"
                 )
-            found = self._device.allocate(size)
             if had:
+                del self._rooms[what]
                 self._device.release(address)
-            self._rooms[what] = found, size
+            self._rooms[what] = self._device.allocate(size), size
 
     def _host(self, what: str, size: int) -> Array:
         """So many bytes of host memory to copy from or to."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..graph import WeightRef
 from ..registry import lookup
 from ..weights import DiskProvider, WeightsProvider
-from .device import ALIGNMENT, Array, Device, DeviceMemoryError
+from .device import ALIGNMENT, Array, Device, DeviceError, DeviceMemoryError, Stream
 from .lanes import Lanes
 
 RESERVE = 256 << 20  # bytes of the GPU's free memory that are left to its driver and to others
@@ -38,8 +38,9 @@ def chosen(refs: Iterable[WeightRef], budget: int) -> list[WeightRef]:
 class CudaProvider:
     """Gives matrices on the device as what products there take; all others come from `host`.
 
-    `refs` are placed when this is made, each read from its file once; those that the device turns
-    out to have no memory for are the host's, which then reads them as they are stored.
+    `refs` are placed when this is made, each read from its file once. Those that the device turns
+    out to have no memory for are the host's, which then reads them as they are stored; all are when
+    the device fails. `tell` is given a line then, and one when it fails later.
     """
 
     def __init__(
@@ -52,29 +53,49 @@ class CudaProvider:
     ) -> None:
         self.host, self.device = host, device
         self.lanes = Lanes(device, WORK, tell)
+        self._tell = tell
         self._disk = DiskProvider()
         self._placed: dict[tuple[object, ...], Any] = {}
-        self._stream = device.stream()
+        self._stream: Stream = None
+        self._open = True
         self.nbytes = 0
+        try:
+            self._place_all(refs, progress)
+        except DeviceError as error:
+            self.lanes.failed(error)
+            self._placed.clear()
+            self._close_device()
+        except BaseException:
+            self._close_device()
+            raise
+
+    def _place_all(
+        self, refs: Sequence[WeightRef], progress: Callable[[str, float | None], None] | None
+    ) -> None:
         whole, done = sum(ref.nbytes for ref in refs) or 1, 0
+        refused: list[DeviceMemoryError] = []
         for ref in refs:
             try:
                 self._place(ref)
-            except DeviceMemoryError as error:
-                tell(f"{error}; {ref.name} stays with the CPU")
+            except DeviceMemoryError as error:  # a smaller one may find room
+                refused.append(error)
             done += ref.nbytes
             if progress is not None:
-                progress(f"copying weights to {device.name}", done / whole)
+                progress(f"copying weights to {self.device.name}", done / whole)
+        if refused:
+            many = f"{len(refused)} of {len(refs)} matrices"
+            self._tell(f"{refused[0]}; {many} that were to lie there stay with the CPU")
 
     def _place(self, ref: WeightRef) -> None:
-        taken: list[int] = []
+        taken: dict[int, int] = {}  # address -> bytes
 
         def allocate(array: Array) -> int:
+            if self._stream is None:
+                self._stream = self.device.stream()
             address = self.device.allocate(array.nbytes)
-            taken.append(address)
+            taken[address] = array.nbytes
             self.device.upload(address, array, self._stream)
             self.device.synchronize(self._stream)  # the array is not kept
-            self.nbytes += array.nbytes
             return address
 
         try:
@@ -85,6 +106,7 @@ class CudaProvider:
             for address in taken:
                 self.device.release(address)
             raise
+        self.nbytes += sum(taken.values())
 
     def get(self, ref: WeightRef) -> Any:
         placed = self._placed.get(ref.matrix)
@@ -108,7 +130,18 @@ class CudaProvider:
             self.host.release(ref)
 
     def close(self) -> None:
-        getattr(self.host, "close", lambda: None)()
-        self._disk.close()
+        """Let go of everything. What the device says to that takes nobody's results away."""
         self._placed.clear()
-        self.device.close()
+        self._close_device()
+        self._disk.close()
+        getattr(self.host, "close", lambda: None)()
+
+    def _close_device(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self.device.close()
+        except DeviceError as error:
+            if not self.lanes.broken:  # or it has told why
+                self._tell(f"{error}, when it was closed")
