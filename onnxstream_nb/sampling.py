@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ModelError, UsageError
+from .errors import DeviceMemoryError, ModelError, UsageError
 from .registry import lookup
 
 Floats = npt.NDArray[np.floating]
@@ -129,12 +129,13 @@ class Distribution:
 class Sampler:
     """Draws ids. Its random numbers depend on the seed alone, on every platform (PCG64).
 
-    Logits that lie on a GPU (gpu/array.py) are looked at there by `next`, and come here otherwise.
+    Logits that lie on a GPU (gpu/board.py) are looked at there by `next`, and come here otherwise.
     """
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._bits = np.random.PCG64(params.seed)
+        self._random = np.random.Generator(self._bits)
         self._board: Any = None
         self._device: Any = None
 
@@ -142,9 +143,7 @@ class Sampler:
         """logits (V,), and the tokens so far for the penalties -> an id, and the natural
         logarithm of its probability in the model's own distribution (before every option)."""
         if hasattr(logits, "board"):
-            if self._on(logits.board).able(logits.size):
-                return self._next_there(logits, recent)
-            logits = np.asarray(logits)
+            return self._next_there(logits, recent)
         total = log_sum_exp(logits)
         token = self.draw(self.distribution(logits, recent))
         return token, float(logits[token]) - total
@@ -158,14 +157,22 @@ class Sampler:
         return self._device
 
     def _next_there(self, logits: Any, recent: Sequence[int]) -> tuple[int, float]:
-        """`next`, where the logits lie; what is odd about them is told by the CPU."""
+        """`next`, where the logits lie, if that is able to; else here."""
+        device = self._on(logits.board)
+        if not device.able(logits.size):
+            return self.next(np.asarray(logits), recent)
         uniform = self._random.random()
-        token, logprob = self._device.next(logits, self._window(recent), uniform)
-        if math.isfinite(logprob):
-            return token, logprob
-        here = np.asarray(logits)
-        total = log_sum_exp(here)
-        return token, float(here[token]) - total
+        try:
+            token, logprob = device.next(logits, self._window(recent), uniform)
+        except DeviceMemoryError as error:
+            logits.board.failed(error)
+            self._bits.advance(-1)  # the CPU draws with the same number
+            return self.next(np.asarray(logits), recent)
+        if not math.isfinite(logprob):
+            here = np.asarray(logits)
+            total = log_sum_exp(here)  # which says what is wrong
+            logprob = float(here[token]) - total
+        return token, logprob
 
     def next_or_guess(
         self,
@@ -217,8 +224,7 @@ class Sampler:
             return logits
         result = logits.copy()
         add_bias(result, p.logit_bias)
-        if len(window):
-            penalise(result, window, p)
+        penalise(result, window, p)
         return result
 
 
