@@ -152,7 +152,7 @@ class Bench:
         ref = WeightRef("w", (k, n), "float32", data, 0, len(data), "float16", transposed=True)
         provider = CudaProvider(DiskProvider(), self.make(), [ref], print)
         product, matrix, x = (
-            lookup("MatMul", "", 13, "cuda"),
+            lookup("MatMul", "", 13, "offload"),
             provider.get(ref),
             np.ones((1, k), "f"),
         )

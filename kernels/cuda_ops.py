@@ -40,7 +40,8 @@ def _declare_unary(op_type, kernel):
 
 for _op_type, _name in {
     "Exp": "exponential", "Neg": "negative", "Reciprocal": "reciprocal", "Relu": "relu",
-    "Sigmoid": "sigmoid", "Sqrt": "square_root", "Tanh": "tanh", "Erf": "erf",
+    "Sigmoid": "sigmoid", "Sqrt": "square_root", "Tanh": "tanh", "Erf": "erf", "Sin": "sin",
+    "Cos": "cos",
 }.items():  # fmt: skip
     _declare_unary(_op_type, UNARY[_name])
 

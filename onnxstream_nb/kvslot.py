@@ -203,7 +203,7 @@ class SlotGroup:
 
     on_disk = False
 
-    def __init__(self, parts: Sequence[tuple[KVSlot, int]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Slot, int]]) -> None:
         self.parts = tuple(parts)
 
     @property

@@ -39,7 +39,8 @@ class LanguageModel:
     without one, or for several sequences, it has to fit. `logit_chunk` is how many positions
     `logits` computes at a time, `every_position` whether the graph has them; `passes` counts passes
     over the weights; `full_cache_bytes` is what the cache takes at the whole context. `packed` is
-    as for Session, and so are `device` and `cuda`. One caller at a time.
+    as for Session, and so are `device` and `cuda`; with `logits_stay`, what `feed` returns of a GPU
+    is left there (gpu.board.DeviceArray) until the next pass. One caller at a time.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class LanguageModel:
         self._find_values(f"{graph.name or model}")
         self.every_position = _gives_every_position(graph)
         self.tokens: list[int] = []
-        self.passes = 0
+        self.passes, self.logits_stay = 0, False
         self._wanted = self._now = 0  # tokens: in the cache when all is read, read by this pass
         self._begun = 0  # passes that the provider had begun before this one
         self.precision = prompt_precision(self.graph) if precision == "auto" else precision
@@ -180,7 +181,10 @@ class LanguageModel:
     @property
     def cache_room(self) -> int:
         """Bytes that caches may take together: what was set aside, or when memory has no bounds but
-        the machine's half of what is free, if that is more."""
+        the machine's half of what is free, if that is more; half of the GPU's where they lie there.
+        """
+        if self.session.gpu_room is not None:
+            return self.session.gpu_room // 2
         if self._has_budget or self.streams:
             return self.session.reserve
         return max(self.session.reserve, memory_available() // 2)
@@ -212,7 +216,7 @@ class LanguageModel:
         only.
         """
         chunks = self._chunks(ids, min(self.chunk, self.logit_chunk))
-        parts = [self._pass(chunk, range(-len(chunk), 0), stop) for chunk in chunks]
+        parts = [np.asarray(self._pass(c, range(-len(c), 0), stop)) for c in chunks]
         logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if len(logits) != len(ids):
             raise UnsupportedError(
@@ -246,7 +250,7 @@ class LanguageModel:
         self._begun = 0 if stream is None else stream.passes
         self._now = len(ids)
         try:
-            result = self.session.run(feeds, wanted, stop=stop)
+            result = self.session.run(feeds, wanted, stop=stop, stay=self.logits_stay)
         finally:
             self._now = 0
         self.tokens += ids
@@ -254,8 +258,11 @@ class LanguageModel:
         for slot, present in self._carried.items():
             slot.append(np.split(result[present], [past], slot.axis)[1])
         self._cache.length = len(self.tokens)
-        logits = np.asarray(result[self._logits.name], np.float32)
-        return logits.reshape(-1, logits.shape[-1])
+        logits = result[self._logits.name]
+        if hasattr(logits, "board"):
+            return cast(Logits, logits.as_shape((-1, logits.shape[-1])))
+        logits = np.asarray(logits, np.float32)
+        return cast(Logits, logits.reshape(-1, logits.shape[-1]))
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""

@@ -122,6 +122,7 @@ class Model:
                     packed=packed, device=device, cuda=cuda, sequences=sequences, progress=report,
                 )  # fmt: skip
             undo.callback(llm.close)
+            llm.logits_stay = True  # the sampler looks at them where they are
             model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)
             undo.pop_all()
         model.load_s = perf_counter() - started

@@ -134,8 +134,7 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._bits = np.random.PCG64(params.seed)
-        self._random = np.random.Generator(self._bits)
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._board: Any = None
         self._device: Any = None
 
@@ -143,7 +142,9 @@ class Sampler:
         """logits (V,), and the tokens so far for the penalties -> an id, and the natural
         logarithm of its probability in the model's own distribution (before every option)."""
         if hasattr(logits, "board"):
-            return self._next_there(logits, recent)
+            if self._on(logits.board).able(logits.size):
+                return self._next_there(logits, recent)
+            logits = np.asarray(logits)
         total = log_sum_exp(logits)
         token = self.draw(self.distribution(logits, recent))
         return token, float(logits[token]) - total
@@ -157,22 +158,18 @@ class Sampler:
         return self._device
 
     def _next_there(self, logits: Any, recent: Sequence[int]) -> tuple[int, float]:
-        """`next`, where the logits lie, if that is able to; else here."""
-        device = self._on(logits.board)
-        if not device.able(logits.size):
-            return self.next(np.asarray(logits), recent)
-        uniform = self._random.random()
+        """`next`, where the logits lie; what is odd about them is told by the CPU."""
+        uniform, token, logprob = self._random.random(), 0, math.nan
         try:
-            token, logprob = device.next(logits, self._window(recent), uniform)
+            token, logprob = self._device.next(logits, self._window(recent), uniform)
         except DeviceMemoryError as error:
             logits.board.failed(error)
-            self._bits.advance(-1)  # the CPU draws with the same number
-            return self.next(np.asarray(logits), recent)
-        if not math.isfinite(logprob):
-            here = np.asarray(logits)
-            total = log_sum_exp(here)  # which says what is wrong
-            logprob = float(here[token]) - total
-        return token, logprob
+        if math.isfinite(logprob):
+            return token, logprob
+        here = np.asarray(logits)
+        total = log_sum_exp(here)
+        token = self.draw(self.distribution(here, recent), uniform)
+        return token, float(here[token]) - total
 
     def next_or_guess(
         self,
@@ -203,10 +200,11 @@ class Sampler:
         chosen = nucleus(np.exp(below), p.top_p, p.min_p)
         return Distribution(ids[chosen], np.exp(below[chosen] / p.temperature))
 
-    def draw(self, distribution: Distribution) -> int:
-        """One of its ids, for one random number."""
+    def draw(self, distribution: Distribution, uniform: float | None = None) -> int:
+        """One of its ids, for a number in [0, 1), by default the next random one."""
         cumulative = np.cumsum(distribution.weights)
-        point = self._random.random() * cumulative[-1]
+        uniform = self._random.random() if uniform is None else uniform
+        point = uniform * cumulative[-1]
         return int(distribution.ids[np.searchsorted(cumulative, point, side="right")])
 
     def _window(self, recent: Sequence[int]) -> Sequence[int]:
@@ -224,7 +222,8 @@ class Sampler:
             return logits
         result = logits.copy()
         add_bias(result, p.logit_bias)
-        penalise(result, window, p)
+        if len(window):
+            penalise(result, window, p)
         return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from .graph import Graph, Node
 from .kvcache import KVCache
-from .kvslot import KVSlot, SlotGroup
+from .kvslot import Slot, SlotGroup
 from .llm import LanguageModel, Logits
 from .passes import LOGIT_ROWS, CachePair
 from .passes.rewriting import captured
@@ -164,7 +164,7 @@ def packed(parts: Iterable[Part], room: int) -> list[list[Part]]:
     return found
 
 
-def _slot(strand: Strand, name: str) -> KVSlot:
+def _slot(strand: Strand, name: str) -> Slot:
     slot = strand.cache.slots[name]
-    assert isinstance(slot, KVSlot), name  # can_share_passes: Attention reads it
+    assert isinstance(slot, Slot), name  # can_share_passes: Attention reads it
     return slot

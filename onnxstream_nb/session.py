@@ -83,10 +83,11 @@ class Session:
     float32 (block encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may
     become NaN), "fast" in bfloat16 where the processor has it. With the `device` "cuda" matrices
     lie on a GPU, as many as fit the budget `cuda`: bytes, a text such as "4GB", or "auto" for what
-    it has; with "all" the whole model and what it computes do, if they fit. Where there is no GPU, the
-    CPU is used, and the log says so. `optimize=False` runs the graph as it stands. With `packed`, a
-    folder, weights that have panels are kept there packed, for the next start and for streaming.
-    `progress(text, fraction)` is told what takes long, above all the first compilation of kernels.
+    it has; with "all" the whole model and what it computes do, if they fit. Where there is no GPU,
+    the CPU is used, and the log says so. `optimize=False` runs the graph as it stands. With
+    `packed`, a folder, weights that have panels are kept there packed, for the next start and for
+    streaming. `progress(text, fraction)` is told what takes long, above all the first compilation
+    of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
     MemoryBudgetError when the budget cannot be kept, UsageError for a bad argument.
@@ -169,6 +170,12 @@ class Session:
         return Slot.in_memory if made is None else made()
 
     @property
+    def gpu_room(self) -> int | None:
+        """Bytes that are free where `slots` puts them, if that is a GPU."""
+        board = getattr(self.provider, "board", None)
+        return None if board is None else int(board.device.free())
+
+    @property
     def gpu_bytes(self) -> int:
         """Bytes of weights that lie on a GPU, and are used there."""
         return int(getattr(self.provider, "bytes_in_use", 0))
@@ -179,8 +186,12 @@ class Session:
         outputs: Sequence[str] | None = None,
         *,
         stop: threading.Event | None = None,
+        stay: bool = False,
     ) -> dict[str, Any]:
         """Run the graph on arrays by input name; the named outputs (all of them by default).
+
+        Outputs that a GPU computed come back from there, unless they are to `stay` until the next
+        run: then they are gpu.board.DeviceArray.
 
         A feed may be a slot of a cache: then what is new is written behind what it holds, and its
         present is the same memory, longer; the slot itself stays as long as it was.
@@ -205,7 +216,7 @@ class Session:
             if self._has_budget:
                 self._arena.trim_unused()
             self._arena.trim(IDLE)
-            return self._results(values, wanted, feeds)
+            return self._results(values, wanted, feeds, stay)
 
     def _replayed(
         self, feeds: Mapping[str, Any], wanted: Sequence[str], stop: threading.Event | None
@@ -278,25 +289,25 @@ class Session:
         return self.provider.get(ref).lasting
 
     def _results(
-        self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any]
+        self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any], stay: bool
     ) -> dict[str, Any]:
         """The outputs, each the caller's own: none is a feed, and no two are one array."""
         results, taken = {}, {id(feed) for feed in feeds.values()}
         for name in wanted:
-            value = self._output(values, name)
+            value = self._output(values, name, stay)
             if isinstance(value, np.ndarray) and id(value) in taken:
                 value = value.copy()
             results[name] = value
             taken.add(id(value))
         return results
 
-    def _output(self, values: dict[str, Any], name: str) -> Any:
+    def _output(self, values: dict[str, Any], name: str, stay: bool) -> Any:
         value = self._argument(values, name, Form.NATIVE)
         if isinstance(value, Weight):
             return np.array(self._decode(value))
         if not isinstance(value, np.ndarray):
-            on_its_way = hasattr(value, "__array__") and not hasattr(value, "reserve")
-            return np.asarray(value) if on_its_way else value
+            stays = hasattr(value, "reserve") or (stay and hasattr(value, "board"))
+            return value if stays or not hasattr(value, "__array__") else np.asarray(value)
         # A replay overwrites what it computed; a view may look at a feed or a constant, and a
         # constant itself is read-only: results are the caller's to change.
         shared = self._replay or value.base is not None or not value.flags.writeable

@@ -57,9 +57,18 @@ class DeviceArray:
         return self.size * self.stored.itemsize
 
     def as_shape(self, shape: Sequence[int]) -> DeviceArray:
-        """The same elements in another shape of as many."""
+        """The same elements in another shape of as many; -1 is what remains."""
+        known = math.prod(n for n in shape if n >= 0)
+        shape = [self.size // known if n < 0 else n for n in shape]
         assert math.prod(shape) == self.size
         return DeviceArray(self.board, shape, self.dtype, self._memory, self.address)
+
+    def __getitem__(self, i: int) -> DeviceArray:
+        """One of the first axis, where it lies."""
+        i = range(self.shape[0])[i]
+        each = self.nbytes // self.shape[0]
+        address = self.address + i * each
+        return DeviceArray(self.board, self.shape[1:], self.dtype, self._memory, address)
 
     def as_type(self, dtype: Any) -> DeviceArray:
         """The same elements, counted as another type of floats."""
