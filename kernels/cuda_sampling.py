@@ -179,6 +179,17 @@ def find(values, n, top, factor, least, bound, last, low, high, share, point):
 
 
 @device
+def bounded(values, n, top, factor, bound, last, wanted):
+    """The bound, a key and the last place of those that equal it, of as few candidates as reach
+    `wanted`, among those within such a bound."""
+    key, left = descend(values, n, top, factor, bound, last, wanted)
+    place = find(
+        values, n, top, factor, float32(LOWEST), bound, last, key, key, int64(-1), left - 1
+    )  # fmt: skip
+    return key, place
+
+
+@device
 def candidates(logits, maxima, values, ids, v, floor):
     """Those logits whose key is at least `floor`, in the order of their ids, and the ids; how
     many."""
@@ -227,23 +238,14 @@ def draw(logits, maxima, parts, room, uniform, token, v, top_k, top_p, least, co
         n = candidates(logits, maxima, values, ids, v, floor)
     if top_k > 0 and top_k < n:
         wanted = int64(top_k) * int64(ONE)
-        key, left = descend(values, n, top, float32(0), bound, last, wanted)
-        last = find(
-            values, n, top, float32(0), float32(LOWEST), bound, last, key, key, int64(-1), left - 1
-        )
-        bound = key
+        bound, last = bounded(values, n, top, float32(0), bound, last, wanted)
     if top_p < 1 << SHARE_BITS:
         mine = int64(0)
         for i in range(int32(cuda.threadIdx.x), n, int32(cuda.blockDim.x)):
             mine += amount_of(values, i, top, float32(LOG2E), float32(LOWEST), bound, last, 0, ALL)
         _, whole = scan(mine)
         wanted = max(part_of(whole, top_p), int64(1))
-        key, left = descend(values, n, top, float32(LOG2E), bound, last, wanted)
-        last = find(
-            values, n, top, float32(LOG2E), float32(LOWEST), bound, last, key, key, int64(-1),
-            left - 1,
-        )  # fmt: skip
-        bound = key
+        bound, last = bounded(values, n, top, float32(LOG2E), bound, last, wanted)
     place = find(
         values, n, top, cooled * float32(LOG2E), least, bound, last, 0, ALL, load_i64(uniform),
         int64(0),

@@ -7,7 +7,7 @@ from .cuda_kernel import cuda_kernel, device
 from .cuda_norm import block_sum
 from .cuda_prims import (
     cuda, exp2, float32, int32, int64, load_f32, load_i64, shared_memory, store_f32, store_i32,
-    store_i64, warp_max,
+    store_i64, warp_max, warp_sum,
 )  # fmt: skip
 from .cuda_select_prims import log2, order_of_f32, shared_i64, shuffle_xor_i64, store_shared_i64
 
@@ -106,15 +106,16 @@ def take_largest(parts, token, count):
 def log_probability(logits, parts, token, result, count):
     """logits (V,), their parts, *token int64 -> the natural logarithm of its probability (float32);
     no number where a logit is not finite."""
-    thread, finite = int32(cuda.threadIdx.x), True
+    thread, odd = int32(cuda.threadIdx.x), float32(0)
     top, summed = load_f32(logits + 4 * (WORD - (largest_of(parts, count) & WORD))), float32(0)
-    for i in range(count):
+    for i in range(thread, count, 32):
         at = parts + PART * i
         part = load_f32(at + 12)
-        finite = finite and between(part, ZERO, HIGH)
+        odd = odd if between(part, ZERO, HIGH) else float32(1)
         summed += part * exp2((load_f32(at + 8) - top) * float32(LOG2E))
+    summed, odd = warp_sum(summed), warp_max(odd)
     if thread == 0:
-        if finite:
+        if odd == float32(0):
             value = load_f32(logits + 4 * load_i64(token))
             store_f32(result, value - top - log2(summed) / float32(LOG2E))
         else:

@@ -129,7 +129,7 @@ class Distribution:
 class Sampler:
     """Draws ids. Its random numbers depend on the seed alone, on every platform (PCG64).
 
-    Logits that lie on a GPU (gpu/array.py) are looked at there by `next`, and come here otherwise.
+    Logits that lie on a GPU (gpu/board.py) are looked at there by `next`, and come here otherwise.
     """
 
     def __init__(self, params: SamplingParams) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_arrays import Array
-from fake_board import FakeBoard
+from fake_device import FakeDevice
 
 from onnxstream_nb.errors import ModelError, UsageError
+from onnxstream_nb.gpu.board import Board
 from onnxstream_nb.kernels import cuda_sampler
 from onnxstream_nb.sampling import Sampler, SamplingParams, log_sum_exp
 
@@ -22,19 +23,44 @@ def logits_of(v: int, seed: int = 0) -> Array:
     return (3 * np.random.default_rng(seed + v).standard_normal(v)).astype(np.float32)
 
 
-def check(params: SamplingParams, steps: int, v: int, logits: Array | None = None) -> FakeBoard:
+class Watched(FakeDevice):
+    """Knows the bytes of each download."""
+
+    def __init__(self, order: str = "forwards") -> None:
+        super().__init__(order=order)
+        self.fetched: list[int] = []
+
+    def download(self, array: Array, address: int, stream: int) -> None:
+        self.fetched.append(array.nbytes)
+        super().download(array, address, stream)
+
+
+class WatchedBoard(Board):
+    """A Board whose device is watched, and what it tells."""
+
+    device: Watched
+
+    def __init__(self, order: str = "forwards", most: int = 1 << 24) -> None:
+        self.told: list[str] = []
+        super().__init__(Watched(order), most, self.told.append)
+
+    def place(self, logits: Array) -> Any:
+        return self.put(logits)
+
+
+def check(params: SamplingParams, steps: int, v: int, logits: Array | None = None) -> WatchedBoard:
     """Draw by two samplers of one seed, here and there; ids and logarithms are the same."""
-    here, there, board = Sampler(params), Sampler(params), FakeBoard()
+    here, there, board = Sampler(params), Sampler(params), WatchedBoard()
     recent = [v - 1, 0, v // 2, 0]
     for step in range(steps):
         each = logits_of(v, 100 * step) if logits is None else logits
-        placed = board.put(each)
+        placed = board.place(each)
         wanted, logprob = here.next(each, recent)
-        token, its = there.next(placed, recent)  # type: ignore[arg-type]
+        token, its = there.next(placed, recent)
         assert token == wanted and its == pytest.approx(logprob, rel=0, abs=4e-6)
-        assert board.fetched == [RECORD]
+        assert board.device.fetched == [RECORD]
         np.testing.assert_array_equal(board.fetch(placed), each)
-        board.fetched.clear()
+        board.device.fetched.clear()
         recent.append(token)
     return board
 
@@ -84,19 +110,19 @@ def test_greedy_launches_no_more_than_it_needs() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
-    logits, board = logits_of(1100), FakeBoard()
+    logits, board = logits_of(1100), WatchedBoard()
     logits[1070] = bad
     with pytest.raises(ModelError, match="not finite .id 1070"):
-        Sampler(SamplingParams(temperature=temperature)).next(board.put(logits), [])  # type: ignore[arg-type]
+        Sampler(SamplingParams(temperature=temperature)).next(board.place(logits), [])
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_extreme_logits_that_are_finite() -> None:
     """Their difference is not, in float32: then the CPU says it."""
     most = float(np.finfo(np.float32).max)
-    logits, board = np.array([most, -most, 0], np.float32), FakeBoard()
+    logits, board = np.array([most, -most, 0], np.float32), WatchedBoard()
     params = SamplingParams(temperature=0.0, logit_bias={0: -np.inf, 2: -np.inf})
-    found = Sampler(params).next(board.put(logits), [])  # type: ignore[arg-type]
+    found = Sampler(params).next(board.place(logits), [])
     assert found == Sampler(params).next(logits, []) == (1, pytest.approx(-2 * most))
 
 
@@ -106,38 +132,51 @@ def test_extreme_logits_that_are_finite() -> None:
      (dict.fromkeys(range(33), -np.inf), "bans every token")],
 )  # fmt: skip
 def test_errors_are_those_of_the_cpu(biases: dict[int, float], message: str) -> None:
-    board = FakeBoard()
+    board = WatchedBoard()
     sampler = Sampler(SamplingParams(logit_bias=biases))
     with pytest.raises(UsageError, match=message):
-        sampler.next(board.put(logits_of(33)), [])  # type: ignore[arg-type]
+        sampler.next(board.place(logits_of(33)), [])
 
 
 def test_a_larger_vocabulary_than_sums_hold_is_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_sampler, "MOST", 100)
-    logits, board, params = logits_of(101), FakeBoard(), SamplingParams(seed=3)
-    assert Sampler(params).next(board.put(logits), []) == Sampler(params).next(logits, [])  # type: ignore[arg-type]
-    assert board.fetched == [404] and not board.device.launched
+    logits, board, params = logits_of(101), WatchedBoard(), SamplingParams(seed=3)
+    assert Sampler(params).next(board.place(logits), []) == Sampler(params).next(logits, [])
+    assert board.device.fetched == [404] and not board.device.launched
     greedy = Sampler(SamplingParams(temperature=0.0))
-    assert greedy.next(board.put(logits), [])[0] == np.argmax(logits)  # type: ignore[arg-type]
-    assert board.fetched == [404, RECORD]
+    assert greedy.next(board.place(logits), [])[0] == np.argmax(logits)
+    assert board.device.fetched == [404, RECORD]
 
 
 def test_guesses_and_distributions_are_the_cpus() -> None:
-    logits, board, params = logits_of(50), FakeBoard(), SamplingParams(seed=4)
-    here, there, placed = Sampler(params), Sampler(params), board.put(logits)
+    logits, board, params = logits_of(50), WatchedBoard(), SamplingParams(seed=4)
+    here, there, placed = Sampler(params), Sampler(params), board.place(logits)
     wanted = here.distribution(logits, [])
-    found = there.distribution(placed, [])  # type: ignore[arg-type]
+    found = there.distribution(placed, [])
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_array_equal(found.weights, wanted.weights)
     guess = int(wanted.ids[0])
-    taken = there.next_or_guess(placed, [], guess, wanted)  # type: ignore[arg-type]
+    taken = there.next_or_guess(placed, [], guess, wanted)
     assert taken == here.next_or_guess(logits, [], guess, wanted)
     assert taken[1] == pytest.approx(float(logits[taken[0]]) - log_sum_exp(logits))
 
 
 def test_another_board_gets_a_sampler_of_its_own() -> None:
     logits, sampler = logits_of(20), Sampler(SamplingParams(temperature=0.0))
-    boards = FakeBoard(), FakeBoard("backwards")
+    boards = WatchedBoard(), WatchedBoard("backwards")
     for board in (*boards, boards[0]):
-        assert sampler.next(board.put(logits), [])[0] == np.argmax(logits)  # type: ignore[arg-type]
-    assert [board.fetched for board in boards] == [[RECORD] * 2, [RECORD]]
+        assert sampler.next(board.place(logits), [])[0] == np.argmax(logits)
+    assert [board.device.fetched for board in boards] == [[RECORD] * 2, [RECORD]]
+
+
+@pytest.mark.parametrize("most", [0, 600, 3 << 10, 12 << 10])
+def test_too_little_memory_leaves_it_to_the_cpu(most: int) -> None:
+    """Wherever it ends; the random numbers go on as if nothing were."""
+    logits, params = logits_of(1025), SamplingParams(seed=6, top_k=20, repeat_penalty=1.1)
+    here, there, board = Sampler(params), Sampler(params), WatchedBoard(most=1 << 24)
+    placed = board.place(logits)
+    board._most = board._taken + most
+    for _ in range(3):
+        assert there.next(placed, [3, 4]) == here.next(logits, [3, 4])
+    assert len(board.told) == 1 and "the CPU computes what does not fit" in board.told[0]
+    assert board.device.fetched == [4 * 1025] * 3

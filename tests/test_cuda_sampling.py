@@ -75,6 +75,19 @@ def test_the_largest_and_its_probability(v: int, order: str) -> None:
     np.testing.assert_allclose(result[0], logits[v // 2] - log_sum_exp(logits), rtol=0, atol=4e-6)
 
 
+@pytest.mark.parametrize("place", [0, 33_700])
+def test_more_parts_than_a_warp_has_lanes(place: int) -> None:
+    logits, token, result = random(33_800), placed(np.array([place])), poisoned(1)
+    logits[place] = 15
+    _, parts = surveyed(logits)
+    assert len(parts) == 34
+    launch(cuda_survey.log_probability, 1, [logits, parts, token, result], [len(parts)])
+    np.testing.assert_allclose(result[0], 15 - log_sum_exp(logits), rtol=0, atol=4e-6)
+    token[0] = -1
+    launch(cuda_survey.take_largest, 1, [parts, token], [len(parts)])
+    assert token[0] == place
+
+
 @pytest.mark.parametrize("places", [(700, 40, 1500), (33, 32), (0, 2084)])
 def test_of_equal_ones_the_first(places: tuple[int, ...]) -> None:
     """Also 0 and -0, which the bits tell apart, and among logits that are banned."""
