@@ -41,7 +41,7 @@ def opened(
 
 def product(x: Array, matrix: Any) -> Any:
     operator = lookup("MatMul", "", 13, "offload")
-    assert operator is not None and operator.device == "cuda"
+    assert operator is not None and operator.device == "offload"
     return operator.function(x, matrix)
 
 
@@ -116,7 +116,7 @@ def test_integers_with_zero_points(
 
 def test_strips_of_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows, and a matrix that becomes halves in three goes, the last one shorter."""
-    monkeypatch.setattr("onnxstream_nb.kernels.cuda_matmul.STRIP", 0)
+    monkeypatch.setattr("onnxstream_nb.kernels.cuda_matrix.STRIP", 0)
     ref, w = weight("q8_0", 32, 300)
     device = FakeDevice()
     x = np.random.default_rng(1).standard_normal((9, 32)).astype(np.float32)

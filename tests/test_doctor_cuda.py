@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +149,25 @@ def test_the_version_of_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.driver_version() == (12, 4)
     monkeypatch.setattr(Library, "status", 34)  # the toolkit's stub of a driver
     assert found.driver_version() is None
+
+
+@pytest.mark.parametrize("missing", ["nvvm", "nvrtc", None])
+def test_the_version_of_the_compiler(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pathfinder: Any = ModuleType("cuda.pathfinder")
+
+    def load(name: str) -> Any:
+        if name == missing:
+            raise RuntimeError(f"lib{name} is nowhere")
+        return SimpleNamespace(abs_path=f"/toolkit/lib{name}.so")
+
+    pathfinder.load_nvidia_dynamic_lib = load
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
+    versions = {"nvidia-nvvm": "13.0.88"}
+    monkeypatch.setattr(found, "package_version", versions.get)
+    assert found.compiler_version() == (None if missing else "13.0.88")
+    versions.clear()
+    assert found.compiler_version() == (None if missing else "at /toolkit/libnvvm.so")
 
 
 def test_gpus_on_the_bus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def parts() -> list[Part]:
     here.append(Part("numba-cuda", numba))
     compiler = compiler_version()
     if compiler is None:
-        missing = "its compiler NVVM was not found"
+        missing = "its compiler was not found (NVVM, and NVRTC beside it)"
         return [*here, Part("nvvm", missing, f"{INSTALL}, or set CUDA_HOME to a CUDA toolkit")]
     wanted = tuple(int(n) for n in compiler.split(".")[:2] if n.isdigit())
     if wanted > driver:
@@ -72,13 +72,14 @@ def package_version(name: str) -> str | None:
 
 def compiler_version() -> str | None:
     """The version of NVVM, or where it is when its package does not say; None when Numba would not
-    find it."""
+    find it, or not NVRTC."""
     try:
         from cuda.pathfinder import load_nvidia_dynamic_lib
     except ImportError:
         return None
     try:
         library = load_nvidia_dynamic_lib("nvvm")
+        load_nvidia_dynamic_lib("nvrtc")  # which Numba asks what GPUs there may be
     except RuntimeError:  # pathfinder's: it is nowhere, or not to be loaded
         return None
     known = [package_version(name) for name in _COMPILERS]
