@@ -9,7 +9,8 @@ second float16 behind it, either the offset itself ("m": of unsigned q) or the w
 offset d z ("z": of signed q).
 
 The matrix is read once, from memory, so its loads decide: 16 bytes a lane, several under way before
-the first is used. A warp computes one column for all M rows.
+the first is used. A warp computes one column for all M rows. Up to JOINED matrices that x is
+multiplied with are one launch.
 """
 
 from .cuda_kernel import cuda_kernel, device
@@ -19,6 +20,7 @@ from .cuda_prims import (
 )  # fmt: skip
 
 WARPS = 4  # of a block, which is (32, WARPS) threads
+JOINED = 3  # matrices of a launch: q, k and v
 BLOCK = 32  # B of the integers: 16 of int8, or 32 of int4, come with one load
 
 
@@ -130,11 +132,20 @@ def make_gemv(encoding, dot, scale_of, per, bits, scale_bytes, rows):
     step, unrolled = 32 * per, 4 if rows < 4 and per < 32 else 2
     resident = {1: 7, 2: 4, 4: 3, 8: 2}[rows]
 
-    @cuda_kernel("aaaail", name=f"gemv_{encoding}_{rows}", threads=32 * WARPS, resident=resident)
-    def gemv(x, w, scales, y, n, k):
-        """x (M, K) float32, w (N, K), scales (N, K / B) of one float16 or two -> y (M, N)
-        float32."""
+    @cuda_kernel(
+        "al" + JOINED * "aaai", name=f"gemv_{encoding}_{rows}", threads=32 * WARPS,
+        resident=resident,
+    )  # fmt: skip
+    def gemv(x, k, w, scales, y, n, w1, scales1, y1, n1, w2, scales2, y2, n2):
+        """x (M, K) float32, w (N, K), scales (N, K / B) of one float16 or two -> y (M, N) float32;
+        the same for a second and a third matrix, which may have no rows."""
         column = int32(cuda.blockIdx.x) * WARPS + int32(cuda.threadIdx.y)
+        if column >= n:
+            column -= n
+            w, scales, y, n = w1, scales1, y1, n1
+            if column >= n:
+                column -= n
+                w, scales, y, n = w2, scales2, y2, n2
         if column < n:
             total = cuda.local.array(rows, float32)
             for m in range(rows):
@@ -167,6 +178,14 @@ def make_gemv(encoding, dot, scale_of, per, bits, scale_bytes, rows):
                     store_f32(y + 4 * (int64(m) * n + column), summed)
 
     return gemv
+
+
+def gemv_launch(encoding, rows, x, k, matrices):
+    """The launch for x (M, K) and up to JOINED matrices, each (w, scales, y, N)."""
+    given = [*matrices, *[(0, 0, 0, 0)] * (JOINED - len(matrices))]
+    blocks = -(-sum(n for *_, n in matrices) // WARPS)
+    arguments = (x, k, *(number for matrix in given for number in matrix))
+    return GEMV[encoding, rows], (blocks,), (32, WARPS), arguments
 
 
 ROWS = (1, 2, 4, 8)

@@ -6,11 +6,14 @@ Beside the CPU a product begins at once and goes on by itself: what comes back i
 somebody looks at it, so that products of one input overlap, and the CPU works meanwhile.
 """
 
+import math
+
 import numpy as np
 
 from ..registry import op
 from .cuda_forms import padded
-from .cuda_matrix import DeviceMatrix
+from .cuda_matrix import DeviceMatrix, product_launches
+from . import fused  # noqa: F401
 from .cuda_rows import on_gpu
 from .lowered import FEW_ROWS
 from .matmul import USES, lower_matmul, matmul, packing_bytes
@@ -33,17 +36,27 @@ def device_matmul(a, b):
 @on_gpu("MatMul", 0, 1)
 def matmul_there(rows, a, b):
     """a (..., M, K) float times a DeviceMatrix (K, N) -> (..., M, N)."""
-    if not isinstance(b, DeviceMatrix) or b.board is None or not a.ndim:
+    return _products(rows, a, b)
+
+
+@on_gpu("MatMuls", 0, 1, 2, 3, domain="onnxstream_nb")
+def matmuls_there(rows, a, *matrices):
+    """a (..., M, K) float times each DeviceMatrix (K, N) -> (..., M, N) of each."""
+    return _products(rows, a, *matrices)
+
+
+def _products(rows, a, *matrices):
+    k, *others = {m.shape[0] for m in matrices}
+    there = all(isinstance(m, DeviceMatrix) and m.board is not None for m in matrices)
+    if not there or not a.ndim or others or k != padded(k):
         return None
-    k, n = b.shape
-    if k != padded(k):
-        return None
-    m = a.size // k if k else 0
-    y, half, scratch = rows.room((*a.shape[:-1], n), a.dtype), 0, b.scratch(m)
+    m = math.prod(a.shape[:-1])
+    results = [rows.room((*a.shape[:-1], matrix.shape[1]), a.dtype) for matrix in matrices]
+    half, room = 0, max(matrix.scratch(m) for matrix in matrices)
     if m > FEW_ROWS:
         half = rows.room((m, k // 2)).address
-    where = rows.address(a), y.address, half, m, rows.board.device.capability
-    room = rows.room((scratch // 4,)).address if scratch else 0
-    for launch in b.launches(*where, room):
+    scratch = rows.room((room // 4,)).address if room else 0
+    where = matrices, rows.address(a), [y.address for y in results]
+    for launch in product_launches(*where, m, rows.board.device.capability, half, scratch):
         rows.add(*launch)
-    return rows.giving(y)
+    return rows.giving(*results)

@@ -7,6 +7,7 @@ them integers become halves first, some rows of the matrix at a time.
 """
 
 import math
+from itertools import groupby
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from .buffers import contiguous
 from .cuda_elementwise import THREADS, to_half
 from .cuda_forms import form_of, padded
 from .cuda_gemm import GEMM, GEMM_75, GEMM_SMALL
-from .cuda_gemv import GEMV, ROWS, WARPS
+from .cuda_gemv import JOINED, ROWS, gemv_launch
 from .cuda_rope import rows_f16, rows_i4, rows_i8
 from .cuda_widen import WIDEN
 from .lowered import FEW_ROWS
@@ -59,21 +60,21 @@ class DeviceMatrix:
         return min(whole, max(128, STRIP // row // 128 * 128))
 
     def launches(self, x, y, half, m, capability, scratch=0):
-        """The launches for y (M, N) = x (M, padded K), both float32, and what they need: (kernel,
-        grid, block, arguments). `half` is room for x in float16, `scratch` what `scratch` says."""
+        """The launches for y (M, N) = x (M, padded K): see product_launches."""
+        return product_launches([self], x, [y], m, capability, half, scratch)
+
+    def widened(self, half, scratch, y, m, capability):
+        """The launches for y (M, N) of x (M, padded K) in float16 at `half`."""
         k, n = padded(self.shape[0]), self.shape[1]
-        if m <= FEW_ROWS:
-            return list(self._few(x, y, m, n, k))
-        found = [(to_half, (-(-m * k // THREADS),), (THREADS,), (x, half, m * k))]
         if self.encoding == "f16":
-            return [*found, _gemm(half, self.address, y, m, n, k, n, capability)]
+            yield _gemm(half, self.address, y, m, n, k, n, capability)
+            return
         for first in range(0, n, self._strip()):
             rows = min(self._strip(), n - first)
-            found.append(self._widened(first, rows, scratch, k))
-            found.append(_gemm(half, scratch, y + 4 * first, m, rows, k, n, capability))
-        return found
+            yield self._widen(first, rows, scratch, k)
+            yield _gemm(half, scratch, y + 4 * first, m, rows, k, n, capability)
 
-    def _widened(self, first, rows, scratch, k):
+    def _widen(self, first, rows, scratch, k):
         """The launch that makes rows from `first` on into halves."""
         kernel, per, bits, scale_bytes = WIDEN[self.encoding]
         loads = rows * k // per
@@ -81,13 +82,36 @@ class DeviceMatrix:
         grid = (-(-loads // kernel.threads),)
         return kernel, grid, (kernel.threads,), (*where, scratch, loads)
 
-    def _few(self, x, y, m, n, k):
-        done = 0
-        while done < m:
-            rows = max(r for r in ROWS if r <= m - done)
-            where = (x + 4 * k * done, self.address, self.scales, y + 4 * n * done)
-            yield GEMV[self.encoding, rows], (-(-n // WARPS),), (32, WARPS), (*where, n, k)
-            done += rows
+
+def product_launches(matrices, x, results, m, capability, half=0, scratch=0):
+    """The launches for results y (M, N) = x (M, padded K), float32, of matrices with one K:
+    (kernel, grid, block, arguments). For more than a few rows `half` is room for x in float16,
+    `scratch` as much as the matrices say."""
+    k, pairs = padded(matrices[0].shape[0]), list(zip(matrices, results, strict=True))
+    if m <= FEW_ROWS:
+        return [launch for joined in _joined(pairs) for launch in _few(joined, x, m, k)]
+    found = [(to_half, (-(-m * k // THREADS),), (THREADS,), (x, half, m * k))]
+    for matrix, y in pairs:
+        found += matrix.widened(half, scratch, y, m, capability)
+    return found
+
+
+def _joined(pairs):
+    """Matrices and results in groups that a launch takes: of one encoding, JOINED at most."""
+    for _, group in groupby(pairs, key=lambda pair: pair[0].encoding):
+        alike = list(group)
+        for first in range(0, len(alike), JOINED):
+            yield alike[first : first + JOINED]
+
+
+def _few(pairs, x, m, k):
+    """The launches for few rows, as many at a time as there are kernels for."""
+    done = 0
+    while done < m:
+        rows = max(r for r in ROWS if r <= m - done)
+        parts = [(a.address, a.scales, y + 4 * a.shape[1] * done, a.shape[1]) for a, y in pairs]
+        yield gemv_launch(pairs[0][0].encoding, rows, x + 4 * k * done, k, parts)
+        done += rows
 
 
 class DeviceLookup:

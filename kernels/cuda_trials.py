@@ -12,7 +12,7 @@ from ..registry import op
 from .cuda_attention import combine_splits, decode_attention, partial_bytes, queries_of_block
 from .cuda_flash import prefill_attention
 from .cuda_gemm import GEMM, GEMM_75, GEMM_SMALL
-from .cuda_gemv import ENCODINGS, GEMV, WARPS
+from .cuda_gemv import ENCODINGS, gemv_launch
 from .cuda_matrix import TILES
 from .cuda_norm import rms_norm, softmax_rows
 from .cuda_sampling import SHARE_BITS, draw
@@ -81,15 +81,14 @@ def _matrix(encoding, n, k):
 def gemv(encoding, rows, n, k):
     """A product of few rows."""
     w, scales, meant = _matrix(encoding, n, k)
-    x, kernel = _normal(rows, k), GEMV[encoding, rows]
+    x = _normal(rows, k)
 
     def launches(a):
-        where = a["x"], a["w"], a["scales"], a["y"]
-        return [(kernel, (-(-n // WARPS),), (32, WARPS), (*where, n, k))]
+        return [gemv_launch(encoding, rows, a["x"], k, [(a["w"], a["scales"], a["y"], n)])]
 
     arrays = {"x": x, "w": w, "scales": scales, "y": _poison(rows, n)}
     return Trial(
-        kernel.name, arrays, launches, "y", lambda: x.astype(np.float64) @ meant.T,
+        f"gemv_{encoding}_{rows}", arrays, launches, "y", lambda: x.astype(np.float64) @ meant.T,
         products=rows * n * k,
     )  # fmt: skip
 

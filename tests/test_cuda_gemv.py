@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cuda_arrays import Array, in_blocks, placed, poisoned
 
-from onnxstream_nb.kernels.cuda_gemv import GEMV, ROWS, WARPS
+from onnxstream_nb.kernels.cuda_gemv import ROWS, WARPS, gemv_launch
 from onnxstream_nb.kernels.cuda_simulator import simulate
 from onnxstream_nb.kernels.cuda_widen import WIDEN
 
@@ -31,6 +31,10 @@ def with_offsets(scales: Array, meant: Array, kind: str) -> tuple[Array, Array]:
     return pairs, meant + np.repeat(offset, 32, axis=1)
 
 
+def addresses(*arrays: Array) -> list[int]:
+    return [array.ctypes.data for array in arrays]
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(
     ("encoding", "k"),
@@ -43,8 +47,8 @@ def test_gemv_equals_the_product(encoding: str, k: int, rows: int) -> None:
     stored, scales, w = encoded(rng.standard_normal((n, k)).astype(np.float32), encoding)
     y = poisoned(rows, n)
     simulate(
-        GEMV[encoding, rows], -(-n // WARPS), (32, WARPS),
-        [*(a.ctypes.data for a in (x, stored, scales, y)), n, k], [x, stored, scales, y],
+        *gemv_launch(encoding, rows, x.ctypes.data, k, [(*addresses(stored, scales, y), n)]),
+        [x, stored, scales, y],
     )  # fmt: skip
     wanted = x.astype(np.float64) @ w.T
     np.testing.assert_allclose(y, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
@@ -58,10 +62,27 @@ def test_gemv_of_a_short_row(encoding: str) -> None:
     stored, scales, w = encoded(rng.standard_normal((1, 32)).astype(np.float32), encoding)
     y = poisoned(1, 1)
     simulate(
-        GEMV[encoding, 1], 1, (32, WARPS),
-        [*(a.ctypes.data for a in (x, stored, scales, y)), 1, 32], [x, stored, scales, y],
+        *gemv_launch(encoding, 1, x.ctypes.data, 32, [(*addresses(stored, scales, y), 1)]),
+        [x, stored, scales, y],
     )  # fmt: skip
     np.testing.assert_allclose(y, x.astype(np.float64) @ w.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("sizes", [(5, 3), (1, 6, 2), (4, 4, 4)])
+def test_matrices_of_one_input_are_one_launch(sizes: tuple[int, ...], rows: int) -> None:
+    rng, k = np.random.default_rng(len(sizes)), 96
+    x = placed(rng.standard_normal((rows, k)).astype(np.float32))
+    made = [encoded(rng.standard_normal((n, k)).astype(np.float32), "i8") for n in sizes]
+    results = [poisoned(rows, n) for n in sizes]
+    parts = [
+        (*addresses(stored, scales, y), len(stored))
+        for (stored, scales, _), y in zip(made, results, strict=True)
+    ]
+    arrays = [x, *results, *(a for stored, scales, _ in made for a in (stored, scales))]
+    simulate(*gemv_launch("i8", rows, x.ctypes.data, k, parts), arrays)
+    for (_, _, meant), y in zip(made, results, strict=True):
+        np.testing.assert_allclose(y, x.astype(np.float64) @ meant.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("encoding", WIDEN)
@@ -89,7 +110,7 @@ def test_int4_holds_its_whole_range() -> None:
     stored[:] = words_of_nibbles(q)
     scales, y = placed(np.full((2, 1), 0.5, np.float16)), poisoned(8, 2)
     simulate(
-        GEMV["i4", 8], 1, (32, WARPS),
-        [*(a.ctypes.data for a in (x, stored, scales, y)), 2, 32], [x, stored, scales, y],
+        *gemv_launch("i4", 8, x.ctypes.data, 32, [(*addresses(stored, scales, y), 2)]),
+        [x, stored, scales, y],
     )  # fmt: skip
     np.testing.assert_array_equal(y, 0.5 * q[:, :8].T)

@@ -1,21 +1,59 @@
-"""For a GPU, where a launch costs as much as a small operator takes: two of them are one.
+"""For a GPU, where a launch costs as much as a small operator takes: several of them are one.
 
 Add and RMSNormalization become AddRMSNormalization (a, b, scale) -> (a + b, its norm), Swish and
-Mul SwishMul (x, y) -> swish(x) y. Both are operators of the domain onnxstream_nb, so this is no
-rewrite for graphs that are written out.
+Mul SwishMul (x, y) -> swish(x) y, and up to JOINED products of one value MatMuls (x, matrices) ->
+each product. They are operators of the domain onnxstream_nb, so this is no rewrite for graphs that
+are written out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxstream_nb.graph import Graph, Node
 
 DOMAIN = "onnxstream_nb"
+JOINED = 3
 
 
 def rewrite_fused(graph: Graph) -> Graph:
-    """The graph with those pairs as one node, where the first is computed."""
+    """The graph with such nodes in place of several."""
+    return _with_products(_with_pairs(graph))
+
+
+def _with_products(graph: Graph) -> Graph:
+    """Products of one value, where the first of them is computed."""
+    places: dict[str, list[int]] = {}
+    for i, node in enumerate(graph.nodes):
+        if _is(node, "MatMul") and _is_matrix(node.inputs[1], graph):
+            places.setdefault(node.inputs[0], []).append(i)
+    nodes: list[Node | None] = list(graph.nodes)
+    for of_one in places.values():
+        for first in range(0, len(of_one), JOINED):
+            group = of_one[first : first + JOINED]
+            if len(group) > 1:
+                joined = _products([graph.nodes[i] for i in group])
+                for i in group:
+                    nodes[i] = None
+                nodes[group[0]] = joined
+    return graph.with_(nodes=tuple(node for node in nodes if node is not None))
+
+
+def _is_matrix(name: str, graph: Graph) -> bool:
+    return name in graph.initializers and len(graph.initializers[name].shape) == 2
+
+
+def _products(nodes: Sequence[Node]) -> Node:
+    return replace(
+        nodes[0], op_type="MatMuls", domain=DOMAIN, attributes={},
+        inputs=(nodes[0].inputs[0], *(node.inputs[1] for node in nodes)),
+        outputs=tuple(node.outputs[0] for node in nodes),
+    )  # fmt: skip
+
+
+def _with_pairs(graph: Graph) -> Graph:
+    """Two operators as one node, where the first is computed."""
     readers = graph.consumers()
     outputs = {value.name for value in graph.outputs}
     fused: dict[int, Node] = {}
