@@ -8,18 +8,22 @@ import math
 
 import numpy as np
 
-from . import attention as _on_cpu  # noqa: F401
+from ..registry import declared
+from . import fused  # noqa: F401
 from .cuda_attention import (
     combine_splits, decode_attention, partial_bytes, queries_of_block,
 )  # fmt: skip
 from .cuda_flash import prefill_attention
 from .cuda_ops import blocks
-from .cuda_rope import append
+from .cuda_rope import rotate_append
 from .cuda_rows import host_value, on_gpu
+from .rope import rotary_embedding
 
 FEW = 4  # new tokens that are each attended by blocks of their own
 BLOCKS = 256  # about how many keep a GPU busy
 SHARE = 64  # positions of a block at least, at the cache's full length
+ATTENTION = declared("Attention")[24]
+ROTATION = ("interleaved", "rotary_embedding_dim")
 TURING, AMPERE = (7, 5), (8, 0)
 
 
@@ -46,27 +50,58 @@ def attention_by_host(host, q, k, v, attn_mask=None, past_key=None, past_value=N
     return (y, *presents, *found[-1][1])[:n_outputs]
 
 
+def rotary_attention_by_host(host, q, k, v, past_key, past_value, cos_cache, sin_cache, **given):
+    """As the CPU's operator, with slots that may lie on a GPU."""
+    turning = {name: given.pop(name) for name in ROTATION if name in given}
+    cos, sin = host_value(cos_cache, False), host_value(sin_cache, False)
+    q, k = (
+        rotary_embedding(host_value(x, False), cos, sin, num_heads=given[heads], **turning)
+        for x, heads in ((q, "q_num_heads"), (k, "kv_num_heads"))
+    )
+    return attention_by_host(ATTENTION, q, k, v, None, past_key, past_value, **given)
+
+
 @on_gpu("Attention", 0, 1, 2, otherwise=attention_by_host)
-def attention(rows, q, k, v, attn_mask=None, past_key=None, past_value=None, lengths=None, *,
-              is_causal=0, kv_num_heads=0, q_num_heads=0, qk_matmul_output_mode=0, scale=None,
-              softcap=0.0, softmax_precision=0, left_window_size=-1, right_window_size=-1,
-              n_outputs=1):  # fmt: skip
+def attention(rows, q, k, v, attn_mask=None, past_key=None, past_value=None, lengths=None,
+              **given):  # fmt: skip
     """q (1, T, H D), k and v (1, T, KV D) and slots -> (1, T, H D), and the slots, longer by T."""
-    plain = attn_mask is None and lengths is None and right_window_size < 0 and n_outputs <= 3
-    if not plain or not _on_gpu(past_key) or q.ndim != 3 or not (is_causal or q.shape[1] == 1):
+    if attn_mask is not None or lengths is not None:
         return None
-    size = q.shape[2] // q_num_heads
+    return _attention(rows, (q, k, v), (past_key, past_value), None, **given)
+
+
+@on_gpu("RotaryAttention", 0, 1, 2, 5, 6, domain="onnxstream_nb",
+        otherwise=rotary_attention_by_host)  # fmt: skip
+def rotary_attention(rows, q, k, v, past_key, past_value, cos_cache, sin_cache, *, interleaved=0,
+                     rotary_embedding_dim=0, **given):  # fmt: skip
+    """The same, of q and k that cos and sin (1, T, R / 2) rotate."""
+    half = cos_cache.shape[-1]
+    fits = cos_cache.size == sin_cache.size == q.shape[1] * half
+    if not fits or rotary_embedding_dim not in (0, 2 * half):
+        return None
+    rotation = rows.address(cos_cache), rows.address(sin_cache), half, interleaved
+    return _attention(rows, (q, k, v), (past_key, past_value), rotation, **given)
+
+
+def _attention(rows, new, past, rotation, *, is_causal=0, kv_num_heads=0, q_num_heads=0,
+               qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
+               left_window_size=-1, right_window_size=-1, n_outputs=1):  # fmt: skip
+    q = new[0]
+    plain = q.ndim == 3 and (is_causal or q.shape[1] == 1)
+    if not plain or right_window_size >= 0 or n_outputs > 3 or not _on_gpu(past[0]):
+        return None
+    size, tokens = q.shape[2] // q_num_heads, q.shape[1]
     heads = q_num_heads, kv_num_heads, size
     end = left_window_size + 1 if is_causal else 0, scale or 1 / math.sqrt(size), softcap
-    y, first = rows.room(q.shape, q.dtype), 0
-    where = [rows.address(x) for x in (q, k, v, y)]
-    strides = [4 * x.shape[2] for x in (q, k, v, y)]
-    for keys, values, count in _sequences(past_key, past_value, q.shape[1]):
-        at = [address + first * stride for address, stride in zip(where, strides, strict=True)]
-        _attend(rows, at, keys, values, (count, *heads), end)
-        first += count
-    presents = _presents(past_key, past_value, q.shape[1])
-    return rows.giving(*(y, *presents)[:n_outputs])
+    y, turned = rows.room(q.shape, q.dtype), rows.room(q.shape)
+    cos, sin, half, interleaved = rotation or (0, 0, 0, 0)
+    where = [*(rows.address(x) for x in new), cos, sin, turned.address, y.address]
+    strides = [4 * n for n in (*(x.shape[2] for x in new), half, half, *2 * (q.shape[2],))]
+    for keys, values, count in _sequences(*past, tokens):
+        _append(rows, where, keys, values, (count, *heads, 2 * half, interleaved))
+        _attend(rows, where[-2:], keys, values, (count, *heads), end)
+        where = [at + count * stride for at, stride in zip(where, strides, strict=True)]
+    return rows.giving(*(y, *_presents(*past, tokens))[:n_outputs])
 
 
 def _presents(past_key, past_value, tokens):
@@ -87,16 +122,23 @@ def _sequences(past_key, past_value, tokens):
     return [(keys, values, count) for (keys, count), (values, _) in pairs]
 
 
-def _attend(rows, where, keys, values, shape, end):
-    """Append the tokens of one sequence to its cache, and attend to it."""
-    q, k, v, y = where
-    tokens, heads, kv, size = shape
+def _append(rows, where, keys, values, shape):
+    """Write the keys and values of one sequence's tokens behind its cache, and turn its queries."""
+    tokens, heads, kv, size, *turning = shape
     keys.reserve(keys.length + tokens)
-    past, positions = keys.past(), keys.capacity
     rows.slots.append(keys)
-    for new, slot in ((k, keys), (v, values)):
-        grid = blocks(tokens * kv * size)
-        rows.launch(append, grid, new, slot.address, past, tokens, kv, size, positions)
+    grid = blocks(tokens * (heads + 2 * kv) * (size // 2))
+    rows.launch(
+        rotate_append, grid, *where[:6], keys.address, values.address, keys.past(), tokens, heads,
+        kv, size, *turning, keys.capacity,
+    )  # fmt: skip
+
+
+def _attend(rows, where, keys, values, shape, end):
+    """Attend to the cache of one sequence, which its tokens are in."""
+    q, y = where
+    tokens, heads, kv, size = shape
+    past, positions = keys.past(), keys.capacity
     given = q, keys.address, values.address, past
     if tokens > FEW:
         newer = rows.board.device.capability >= AMPERE

@@ -4,7 +4,7 @@ Dims: T tokens, H heads, D head size, R rotated elements of each head (R <= D); 
 K elements; P positions of a cache. Source: see rope.py.
 """
 
-from .cuda_kernel import cuda_kernel
+from .cuda_kernel import cuda_kernel, device
 from .cuda_prims import (
     cuda, float32, int32, int64, load_f16, load_f32, load_i8, load_i64, load_u32, store_f16,
     store_f32,
@@ -36,20 +36,6 @@ def rotate(x, y, cos, sin, tokens, heads, size, rotated, interleaved):
             store_f32(y + base + 8 * pair + 4, load_f32(x + base + 8 * pair + 4))
 
 
-@cuda_kernel("aaaiiii", threads=THREADS)
-def append(x, cache, past, tokens, heads, size, positions):
-    """x (T, H, D) float32 -> the rows from *past on of a cache (H, P, D) float16; `past` is the
-    address of an int64."""
-    i = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
-    if i < tokens * heads * size:
-        token, rest = i // (heads * size), i % (heads * size)
-        head, element = rest // size, rest % size
-        position = load_i64(past) + token
-        if position < positions:
-            to = (int64(head) * positions + position) * size + element
-            store_f16(cache + 2 * to, load_f32(x + 4 * int64(i)))
-
-
 @cuda_kernel("aaali", threads=THREADS)
 def rows_f16(table, ids, y, rows, k):
     """table (V, K) float16, ids (T,) int64 -> y (T, K) float32; ids below 0 count from the end. A
@@ -71,6 +57,52 @@ def rows_f32(table, ids, y, rows, k):
         number = load_i64(ids + 8 * token)
         number = number + rows if number < 0 else number
         store_f32(y + 4 * (token * k + i), load_f32(table + 4 * (number * k + i)))
+
+
+@device
+def turned(source, cos, sin, pair, half, interleaved):
+    """Two elements of a head, and which they are: pair `pair`, turned, or two that stay."""
+    first = 2 * pair if interleaved or pair >= half else pair
+    second = 2 * pair + 1 if interleaved or pair >= half else pair + half
+    u, v = load_f32(source + 4 * first), load_f32(source + 4 * second)
+    if pair < half:
+        c, s = load_f32(cos + 4 * pair), load_f32(sin + 4 * pair)
+        return first, second, u * c - v * s, u * s + v * c
+    return first, second, u, v
+
+
+@cuda_kernel("aaaaaaaaaiiiiiii", threads=THREADS)
+def rotate_append(
+    q, k, v, cos, sin, y, keys, values, past, tokens, heads, kv, size, rotated, interleaved,
+    positions,
+):  # fmt: skip
+    """q (T, H, D) -> y, rotated as by `rotate`; k, rotated, and v (T, KV, D) float32 -> the rows
+    from *past (int64) on of keys and values (KV, P, D) float16. A thread has two elements."""
+    i = int32(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
+    pairs, half, every = size // 2, rotated // 2, heads + 2 * kv
+    if i < tokens * every * pairs:
+        row, pair = i // pairs, i % pairs
+        token, head = row // every, row % every
+        angles = 4 * int64(token) * half
+        position = load_i64(past) + token
+        if head < heads:
+            at = 4 * (int64(token) * heads + head) * size
+            first, second, a, b = turned(
+                q + at, cos + angles, sin + angles, pair, half, interleaved
+            )
+            store_f32(y + at + 4 * first, a)
+            store_f32(y + at + 4 * second, b)
+        elif position < positions:
+            is_key = head < heads + kv
+            head -= heads if is_key else heads + kv
+            source = (k if is_key else v) + 4 * (int64(token) * kv + head) * size
+            turning = half if is_key else 0
+            first, second, a, b = turned(
+                source, cos + angles, sin + angles, pair, turning, interleaved
+            )
+            to = (keys if is_key else values) + 2 * (int64(head) * positions + position) * size
+            store_f16(to + 2 * first, a)
+            store_f16(to + 2 * second, b)
 
 
 @cuda_kernel("aaaali", threads=THREADS)

@@ -100,17 +100,33 @@ def test_rotation(rotated: int, interleaved: int) -> None:
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_appending_to_a_cache() -> None:
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("rotated", [0, 8])
+@pytest.mark.parametrize("past", [2, 6])
+def test_rotating_and_appending_to_a_cache(past: int, rotated: int, interleaved: int) -> None:
     """What would lie behind the cache's end is not written."""
-    t, h, d, positions = 3, 2, 6, 7
-    x, cache = random(t, h, d), placed(np.full((h, positions, d), np.nan, np.float16))
-    for past in (2, 5):
-        place = placed(np.array([past]))
-        launch(cuda_rope.append, 1, [x, cache, place], [t, h, d, positions])
-    wanted = np.full((h, positions, d), np.nan, np.float16)
-    wanted[:, 2:5] = x.transpose(1, 0, 2)
-    wanted[:, 5:7] = x.transpose(1, 0, 2)[:, :2]
-    np.testing.assert_array_equal(cache, wanted)
+    t, h, kv, d, positions = 3, 4, 2, 12, 7
+    q, k, v, place = random(t, h, d), random(t, kv, d), random(t, kv, d), placed(np.array([past]))
+    v *= 2
+    angles = np.random.default_rng(1).uniform(0, 7, (t, rotated // 2))
+    cos, sin = placed(np.cos(angles).astype(np.float32)), placed(np.sin(angles).astype(np.float32))
+    turned = []
+    for x in (q, k):
+        turned.append(poisoned(*x.shape))
+        numbers = [t, x.shape[1], d, rotated, interleaved]
+        launch(cuda_rope.rotate, 1, [x, turned[-1], cos, sin], numbers)
+    y = poisoned(t, h, d)
+    keys, values = (placed(np.full((kv, positions, d), np.nan, np.float16)) for _ in range(2))
+    launch(
+        cuda_rope.rotate_append, 1, [q, k, v, cos, sin, y, keys, values, place],
+        [t, h, kv, d, rotated, interleaved, positions],
+    )  # fmt: skip
+    np.testing.assert_array_equal(y, turned[0])
+    fits = min(t, positions - past)
+    for new, cache in zip((turned[1], v), (keys, values), strict=True):
+        wanted = np.full((kv, positions, d), np.nan, np.float16)
+        wanted[:, past : past + fits] = new.transpose(1, 0, 2)[:, :fits]
+        np.testing.assert_array_equal(cache, wanted)
 
 
 @pytest.mark.parametrize("encoding", ["f32", "f16", "i8", "i4"])

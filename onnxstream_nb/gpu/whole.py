@@ -100,6 +100,8 @@ class WholeProvider:
         self._disk = DiskProvider()
         self._placed: dict[Any, Any] = {}
         self._memory: list[Any] = []
+        self._announced: Sequence[WeightRef] = ()
+        self._others: list[WeightRef] = []
         whole, done = sum(ref.nbytes for ref in placement.refs) or 1, 0
         kinds = (
             (placement.matrices, self._matrix), (placement.tables, self._table),
@@ -155,7 +157,10 @@ class WholeProvider:
     def prefetch(self, refs: Sequence[WeightRef]) -> None:
         """A pass begins; only what is not on the device has to be read."""
         self.board.begin()
-        self.host.prefetch([ref for ref in refs if ref.matrix not in self._placed])
+        if refs is not self._announced:  # a session announces the same ones every time
+            self._announced = refs
+            self._others = [ref for ref in refs if ref.matrix not in self._placed]
+        self.host.prefetch(self._others)
 
     def release(self, ref: WeightRef) -> None:
         if ref.matrix not in self._placed:

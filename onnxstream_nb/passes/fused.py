@@ -1,9 +1,11 @@
 """For a GPU, where a launch costs as much as a small operator takes: several of them are one.
 
-Add and RMSNormalization become AddRMSNormalization (a, b, scale) -> (a + b, its norm), Swish and
-Mul SwishMul (x, y) -> swish(x) y, and up to JOINED products of one value MatMuls (x, matrices) ->
-each product. They are operators of the domain onnxstream_nb, so this is no rewrite for graphs that
-are written out.
+Operators of the domain onnxstream_nb, so this is no rewrite for graphs that are written out:
+
+    AddRMSNormalization (a, b, scale) -> a + b, and its RMSNormalization
+    SwishMul (x, y) -> swish(x) y
+    MatMuls (x, up to JOINED matrices) -> the product with each
+    RotaryAttention (q, k, v, past keys, past values, cos, sin) -> Attention of rotated q and k
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ JOINED = 3
 
 def rewrite_fused(graph: Graph) -> Graph:
     """The graph with such nodes in place of several."""
-    return _with_products(_with_pairs(graph))
+    return _with_products(_with_pairs(_with_rotation(graph)))
 
 
 def _with_products(graph: Graph) -> Graph:
@@ -49,6 +51,59 @@ def _products(nodes: Sequence[Node]) -> Node:
         nodes[0], op_type="MatMuls", domain=DOMAIN, attributes={},
         inputs=(nodes[0].inputs[0], *(node.inputs[1] for node in nodes)),
         outputs=tuple(node.outputs[0] for node in nodes),
+    )  # fmt: skip
+
+
+def _with_rotation(graph: Graph) -> Graph:
+    """Attention that rotates its queries and keys itself."""
+    made = {name: node for node in graph.nodes for name in node.outputs}
+    readers = graph.consumers()
+    outputs = {value.name for value in graph.outputs}
+    nodes: dict[int, Node] = {id(node): node for node in graph.nodes}
+    for node in graph.nodes:
+        turned = [made.get(name) for name in node.inputs[:2]] if _is(node, "Attention") else []
+        if len(turned) < 2 or not _rotates_alone(node, turned):
+            continue
+        names = node.inputs[:2]
+        if any(len(readers[name]) > 1 or name in outputs for name in names):
+            continue
+        first, second = (each for each in turned if each is not None)
+        nodes[id(node)] = _rotary_attention(node, first, second)
+        del nodes[id(first)], nodes[id(second)]
+    return graph.with_(nodes=tuple(nodes.values()))
+
+
+def _rotates_alone(attention: Node, turned: Sequence[Node | None]) -> bool:
+    """Whether queries and keys are both rotated by the same tables, token by token, and there is
+    no more to attention than a causal limit and a cache."""
+    first, second = turned
+    if first is None or second is None or first is second:
+        return False
+    if not (_is(first, "RotaryEmbedding") and _is(second, "RotaryEmbedding")):
+        return False
+    given = attention.inputs
+    plain = len(given) >= 6 and not given[3] and all(given[4:6]) and not any(given[6:])
+    heads = [attention.attributes.get(name) for name in ("q_num_heads", "kv_num_heads")]
+    alike = [
+        (node.inputs[1:], *(node.attributes.get(name, 0) for name in _ROTATION)) for node in turned
+        if node is not None
+    ]  # fmt: skip
+    own = [node.attributes.get("num_heads") for node in (first, second)]
+    return plain and all(heads) and heads == own and alike[0] == alike[1] and len(alike[0][0]) == 2
+
+
+_ROTATION = ("interleaved", "rotary_embedding_dim")
+
+
+def _rotary_attention(attention: Node, first: Node, second: Node) -> Node:
+    rotation = {name: first.attributes[name] for name in _ROTATION if name in first.attributes}
+    return replace(
+        attention, op_type="RotaryAttention", domain=DOMAIN,
+        inputs=(
+            first.inputs[0], second.inputs[0], attention.inputs[2], *attention.inputs[4:6],
+            *first.inputs[1:],
+        ),
+        attributes={**attention.attributes, **rotation},
     )  # fmt: skip
 
 
