@@ -89,8 +89,10 @@ def rows(found: dict[str, Any]) -> Iterator[list[str]]:
     for case in found["round_trips"]:
         yield ["round trip", f"{case['k']} x {case['n']}", f"{case['us']:.1f} us", ""]
     for case in found["ids"]:
-        right = "right" if case["right"] else f"WRONG from {case['first_difference']}"
-        yield [f"greedy ids, {case['model']}", f"{case['tokens']} tokens", right, ""]
+        first, right = case["first_difference"], "right" if case["right"] else "WRONG"
+        more = f"from token {first}" if first is not None else ""
+        more += "" if case["gpu_bytes"] else " by the CPU"
+        yield [f"greedy ids, {case['model']}", f"{case['tokens']} tokens", right, more]
     yield from map(model_row, found["models"])
     yield from map(torch_row, found["torch"])
 

@@ -112,24 +112,31 @@ def random_ids(geometry: Mapping[str, Any], count: int) -> list[int]:
     return [int(i) for i in np.random.default_rng(0).integers(3, geometry["vocab"], count)]
 
 
-def greedy(model: Path | Graph, prompt: Sequence[int], count: int, **options: Any) -> list[int]:
-    """The likeliest continuation of a prompt."""
+def greedy(
+    model: Path | Graph, prompt: Sequence[int], count: int, **options: Any
+) -> tuple[list[int], int]:
+    """The likeliest continuation of a prompt, and the bytes of weights on the GPU at its end."""
     llm = LanguageModel(model, precision="exact", context=len(prompt) + count, **options)
     logits, found = llm.feed(prompt), []
     for _ in range(count):
         found.append(int(np.argmax(logits)))
         logits = llm.feed(found[-1:])
+    there = llm.gpu_bytes
     llm.close()
-    return found
+    return found, there
 
 
 def compared(model: Path | Graph, name: str, prompt: Sequence[int], count: int) -> dict[str, Any]:
-    """A model's greedy ids with all of it on the GPU, beside the CPU's."""
-    wanted = greedy(model, prompt, count)
-    found = greedy(model, prompt, count, device="cuda", cuda="all")
+    """A model's greedy ids with all of it on the GPU, beside the CPU's; those of a GPU that was
+    given up are none."""
+    wanted, _ = greedy(model, prompt, count)
+    found, there = greedy(model, prompt, count, device="cuda", cuda="all")
     pairs = enumerate(zip(found, wanted, strict=True))
     first = next((i for i, (a, b) in pairs if a != b), None)
-    return {"model": name, "tokens": count, "right": first is None, "first_difference": first}
+    return {
+        "model": name, "tokens": count, "right": first is None and there > 0,
+        "first_difference": first, "gpu_bytes": there, "ids": found,
+    }  # fmt: skip
 
 
 def same_ids(given: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

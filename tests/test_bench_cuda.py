@@ -77,13 +77,20 @@ def test_wrong_kernels_are_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert not kernels.tests()["right"]
 
 
-def test_other_ids_than_the_cpus_are_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ids", "there", "right", "first"),
+    [([1, 2, 3], 9, True, None), ([1, 9, 3], 9, False, 1), ([1, 2, 3], 0, False, None)],
+)
+def test_ids_are_the_cpus_and_the_gpu_gave_them(
+    ids: list[int], there: int, right: bool, first: int | None, bench: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     import cuda_models
 
-    ids = {(): [1, 2, 3], ("cuda", "device"): [1, 9, 3]}
-    monkeypatch.setattr(cuda_models, "greedy", lambda *_, **options: ids[tuple(sorted(options))])
+    answers = iter([([1, 2, 3], 0), (ids, there)])
+    monkeypatch.setattr(cuda_models, "greedy", lambda *_, **options: next(answers))
     found = cuda_models.compared(Path("m"), "m", [1], 3)
-    assert not found["right"] and found["first_difference"] == 1
+    assert (found["right"], found["first_difference"]) == (right, first)
 
 
 def test_without_a_gpu_it_says_so(
