@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import cuda_torch
-from cuda_kernels import ODD, OFFLOADED, TIMED, TINY_ODD, TINY_TIMED, Kernels
 from cuda_models import SHORT, TINY_MODEL, cases, same_ids
+from cuda_trials import ODD, OFFLOADED, TIMED, TINY_ODD, TINY_TIMED, Kernels
 from harness import ROOT, report, whole_numbers
 
 from onnxstream_nb.errors import UnsupportedError

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cuda_kernels import PRODUCTS
 from cuda_models import TINY_MODEL, context, depths
+from cuda_trials import PRODUCTS
 from harness import Peer, PeerError
 
 COPIED = 1 << 30  # bytes

@@ -129,7 +129,7 @@ def scale_with_zero(scales, i):
 
 def make_gemv(encoding, dot, scale_of, per, bits, scale_bytes, rows):
     """The kernel for `rows` (M) rows and matrices of `bits` a weight, `per` weights a load."""
-    step, unrolled = 32 * per, 4 if rows < 4 and per < 32 else 2
+    step, unrolled = 32 * per, 4 if rows < 4 and per < 32 else 2 if rows < 8 else 1
     resident = {1: 7, 2: 4, 4: 3, 8: 2}[rows]
 
     @cuda_kernel(
@@ -153,7 +153,7 @@ def make_gemv(encoding, dot, scale_of, per, bits, scale_bytes, rows):
             row = w + int64(column) * k * bits // 8
             scale_row = scales + scale_bytes * (int64(column) * k // BLOCK)
             i = int64(cuda.threadIdx.x) * per
-            while i + (unrolled - 1) * step < k:
+            while unrolled > 1 and i + (unrolled - 1) * step < k:
                 at = row + i * bits // 8
                 w0, w1 = stream_128(at), stream_128(at + 512)
                 if unrolled == 4:

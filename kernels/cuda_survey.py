@@ -96,7 +96,8 @@ def largest_of(parts, count):
 
 @cuda_kernel("aai", threads=32)
 def take_largest(parts, token, count):
-    """parts of `survey` -> the id of the largest logit, of equal ones the lowest (int64)."""
+    """parts (count, PART) bytes of `survey` -> token (1,) int64, the id of the largest logit, of
+    equal ones the lowest."""
     mine = largest_of(parts, count)
     if cuda.threadIdx.x == 0:
         store_i64(token, WORD - (mine & WORD))

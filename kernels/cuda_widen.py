@@ -51,7 +51,7 @@ def make_widen(encoding, scale_of, widen, per):
 
     @cuda_kernel("aaal", name=f"widen_{encoding}", threads=THREADS)
     def kernel(w, scales, y, loads):
-        """w: 16 bytes, so many times, and the scales of their blocks -> y, as many float16."""
+        """w (loads, 16) bytes, and the scales of their blocks -> y (loads, PER) float16."""
         i = int64(cuda.blockIdx.x) * THREADS + int32(cuda.threadIdx.x)
         if i < loads:
             pair = scale_of(scales, i * per)

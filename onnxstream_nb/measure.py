@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, device, registry, ui
-from .cli.options import on_gpu
 from .errors import UsageError
+from .gpu import asked
 from .graph import Graph
 from .progress import Report, of_download
 
@@ -135,7 +135,7 @@ def measure(
         packed=hub.packed_dir() if options["keep_packed"] else None,
         context=max(case.context for case in cases),
         progress=report,
-        **on_gpu(options),
+        **asked(options["cuda"]),
     )
     load_s = time.perf_counter() - started
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from . import formats, passes, trace
 from .device import parse_size, peak_rss, physical_cores
 from .errors import Interrupted, ShapeError, UsageError
-from .gpu.offload import open_gpu
+from .gpu.offload import Gpu, open_gpu
 from .graph import Graph, Value, WeightRef
 from .kvslot import Slot
 from .loading import choose, choose_reserve, make_provider
@@ -119,25 +120,25 @@ class Session:
         internal("Threads")(self.threads)
         if packed is not None:
             self.graph = with_packed_file(self.graph, packer, Path(packed), prepare, progress)
-        gpu = open_gpu(cuda) if device == "cuda" else None
         plan_for = partial(_planned, self.graph, packer.panel_bytes, precision)
-        self.plan: Plan
-        self.plan, placed = gpu.plan(plan_for, cache) if gpu else (plan_for("cpu"), ())
-        self.graph = self.plan.graph
-        rest = without(self.plan, placed)
         as_stored = load == "mmap" or (load == "stream" and ram is None)  # nothing is packed
-        prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
         budget = parse_size(ram, "--ram") if isinstance(ram, str) else ram
-        reached = peak_rss() if peak_rss() > peak else 0  # a peak of earlier days does not count
-        holding, self.reserve = choose_reserve(
-            partial(choose, rest, load, budget, packer.panel_bytes, reached),
-            (reserve,) if isinstance(reserve, int) else reserve,
-        )
-        if holding.slots:
-            prepare(self.plan.kernels)
-        self.provider: WeightsProvider = make_provider(rest, holding, packer, progress)
-        if gpu:
-            self.provider = gpu.provider(self.provider, placed, progress)
+        gpu = open_gpu(cuda) if device == "cuda" else None
+        with _closed_on_failure(gpu):
+            self.plan: Plan
+            self.plan, placed = gpu.plan(plan_for, cache) if gpu else (plan_for("cpu"), ())
+            self.graph, rest = self.plan.graph, without(self.plan, placed)
+            prepare(self.plan.kernels if as_stored else self.plan.panel_kernels)
+            reached = peak_rss() if peak_rss() > peak else 0  # one of earlier days does not count
+            holding, self.reserve = choose_reserve(
+                partial(choose, rest, load, budget, packer.panel_bytes, reached),
+                (reserve,) if isinstance(reserve, int) else reserve,
+            )
+            if holding.slots:
+                prepare(self.plan.kernels)
+            self.provider: WeightsProvider = make_provider(rest, holding, packer, progress)
+            if gpu:
+                self.provider = gpu.provider(self.provider, placed, progress)
         self.chunk, self._has_budget = holding.chunk, ram is not None
         self._lock, self._closed = threading.Lock(), False
         self._replay: Replay | None = None
@@ -328,6 +329,17 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _closed_on_failure(gpu: Gpu | None) -> Iterator[None]:
+    """Let go of the GPU when what is done meanwhile fails."""
+    try:
+        yield
+    except BaseException:
+        if gpu:
+            gpu.device.close()
+        raise
 
 
 def _planned(graph: Graph, has_panels: Callable[[WeightRef], Any], precision: str,

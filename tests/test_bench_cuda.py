@@ -65,15 +65,15 @@ def test_some_parts(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_kernels_are_told(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cuda_kernels
+    import cuda_trials
 
-    right = cuda_kernels.made(("norm", 2, 33))
+    right = cuda_trials.made(("norm", 2, 33))
     right.launches = lambda where: []
-    monkeypatch.setattr(cuda_kernels, "made", lambda sizes: right)
+    monkeypatch.setattr(cuda_trials, "made", lambda sizes: right)
     given = type("Given", (), {"dry_run": True, "runs": 1})()
-    kernels = cuda_kernels.Kernels(bench.fake_devices(), given)
+    kernels = cuda_trials.Kernels(bench.fake_devices(), given)
     assert not kernels.error(("norm", 2, 33))["right"]
-    monkeypatch.setattr(cuda_kernels, "TINY_TESTS", ["tests/test_no_such.py"])
+    monkeypatch.setattr(cuda_trials, "TINY_TESTS", ["tests/test_no_such.py"])
     assert not kernels.tests()["right"]
 
 

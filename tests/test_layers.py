@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
         "weights", PACKAGE,
     },
     "measure": {
-        "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", PACKAGE,
+        "hub", "ui", "llm", "formats", "passes", "registry", "packed_file", "weights", "gpu",
+        PACKAGE,
     },
     "chat": {"model", "ui", "sampling", PACKAGE},
     "ui": set(),

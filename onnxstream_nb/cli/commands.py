@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from .options import on_gpu
+from ..gpu import asked
 
 if TYPE_CHECKING:
     from ..model import Generation, Model, Token
@@ -116,7 +116,7 @@ def loading(options: Mapping[str, Any]) -> dict[str, Any]:
         "speculate",
     )  # fmt: skip
     packed = hub.packed_dir() if options["keep_packed"] else None
-    return {name: options[name] for name in names} | {"packed": packed} | on_gpu(options)
+    return {name: options[name] for name in names} | {"packed": packed} | asked(options["cuda"])
 
 
 @contextmanager

@@ -143,12 +143,6 @@ def gigabytes(given: str, source: str) -> int | str:
         ) from None
 
 
-def on_gpu(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What --cuda asks for, as LanguageModel and Model.load take it; nothing without it, or of
-    none of a GPU's memory."""
-    return {"device": "cuda", "cuda": options["cuda"]} if options["cuda"] else {}
-
-
 def whole(minimum: int, maximum: int | None = None) -> Parse:
     """A whole number of at least `minimum`, and at most `maximum`."""
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__, device
 from ..errors import MemoryBudgetError, ModelError, UsageError
+from ..gpu import asked
 from ..progress import Report, of_download
-from .options import on_gpu
 
 if TYPE_CHECKING:
     from ..hub import Resolved
@@ -128,7 +128,7 @@ def open_reader(
             graph, load=options["load"], ram=ram, threads=options["threads"], context=size,
             precision=precision, kv_cache=options["kv_cache"],
             kv_spill=hub.spill_dir(options["kv_spill"]), progress=report,
-            packed=hub.packed_dir() if options["keep_packed"] else None, **on_gpu(options),
+            packed=hub.packed_dir() if options["keep_packed"] else None, **asked(options["cuda"]),
         )  # fmt: skip
     except MemoryBudgetError as error:
         if ram == options["ram"]:
