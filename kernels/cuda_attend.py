@@ -20,6 +20,7 @@ from .cuda_rows import host_value, on_gpu
 FEW = 4  # new tokens that are each attended by blocks of their own
 BLOCKS = 256  # about how many keep a GPU busy
 SHARE = 64  # positions of a block at least, at the cache's full length
+WIDEST = {True: 256, False: 160}  # heads that a block's shared memory suffices for; since Ampere
 TURING, AMPERE = (7, 5), (8, 0)
 
 
@@ -27,7 +28,7 @@ def attention_by_host(host, q, k, v, attn_mask=None, past_key=None, past_value=N
                       n_outputs=1, **attributes):  # fmt: skip
     """As the CPU's operator; what it appends to slots on a GPU is copied there."""
     q, k, v, attn_mask, *others = (host_value(x, False) for x in (q, k, v, attn_mask, *others))
-    if not _on_gpu(past_key):
+    if not (_on_gpu(past_key) or _on_gpu(past_value)):
         given = q, k, v, attn_mask, past_key, past_value, *others
         return host.function(*given, n_outputs=n_outputs, **attributes)
     found, first = [], 0
@@ -43,7 +44,7 @@ def attention_by_host(host, q, k, v, attn_mask=None, past_key=None, past_value=N
         first += count
     presents = _presents(past_key, past_value, k.shape[-2])
     y = np.concatenate([each for each, _ in found], axis=1)
-    return (y, *presents, *found[-1][1])[:n_outputs]
+    return y if n_outputs == 1 else (y, *presents, *found[-1][1])[:n_outputs]
 
 
 @on_gpu("Attention", 0, 1, 2, otherwise=attention_by_host)
@@ -53,11 +54,14 @@ def attention(rows, q, k, v, attn_mask=None, past_key=None, past_value=None, len
               n_outputs=1):  # fmt: skip
     """q (1, T, H D), k and v (1, T, KV D) and slots -> (1, T, H D), and the slots, longer by T."""
     plain = attn_mask is None and lengths is None and right_window_size < 0 and n_outputs <= 3
-    if not plain or not _on_gpu(past_key) or q.ndim != 3 or not (is_causal or q.shape[1] == 1):
+    if not plain or not _on_gpu(past_key) or not _on_gpu(past_value) or q.ndim != 3:
         return None
-    size = q.shape[2] // q_num_heads
+    newer = rows.board.device.capability >= AMPERE
+    size = _size(past_key, past_value, q, q_num_heads)
+    if size not in range(16, WIDEST[newer] + 1, 16) or not (is_causal or q.shape[1] == 1):
+        return None
     heads = q_num_heads, kv_num_heads, size
-    end = left_window_size + 1 if is_causal else 0, scale or 1 / math.sqrt(size), softcap
+    end = left_window_size + 1, scale or 1 / math.sqrt(size), softcap
     y, first = rows.room(q.shape, q.dtype), 0
     where = [rows.address(x) for x in (q, k, v, y)]
     strides = [4 * x.shape[2] for x in (q, k, v, y)]
@@ -75,8 +79,18 @@ def _presents(past_key, past_value, tokens):
 
 def _on_gpu(slot):
     """Whether the cache of every sequence lies on a GPU."""
-    parts = [part for part, _ in getattr(slot, "parts", [(slot, 0)])]
-    return all(getattr(part, "board", None) is not None for part in parts)
+    return all(getattr(part, "board", None) is not None for part, _ in _parts(slot))
+
+
+def _size(past_key, past_value, q, heads):
+    """What the heads of queries, keys and values all have; 0 when they differ."""
+    sizes = {part.size for part, _ in _parts(past_key) + _parts(past_value)}
+    size = max(sizes)
+    return size if len(sizes) == 1 and q.shape[2] == heads * size else 0
+
+
+def _parts(slot):
+    return list(getattr(slot, "parts", [(slot, 0)]))
 
 
 def _sequences(past_key, past_value, tokens):

@@ -36,7 +36,7 @@ def matmul_there(rows, a, b):
     if not isinstance(b, DeviceMatrix) or b.board is None or not a.ndim:
         return None
     k, n = b.shape
-    if k != padded(k):
+    if k != padded(k) or a.shape[-1] != k:
         return None
     m = a.size // k if k else 0
     y, half, scratch = rows.room((*a.shape[:-1], n), a.dtype), 0, b.scratch(m)
