@@ -24,6 +24,7 @@ BLOCKS = 256  # about how many keep a GPU busy
 SHARE = 64  # positions of a block at least, at the cache's full length
 ATTENTION = declared("Attention")[24]
 ROTATION = ("interleaved", "rotary_embedding_dim")
+WIDEST = {True: 256, False: 160}  # heads that a block's shared memory suffices for; since Ampere
 TURING, AMPERE = (7, 5), (8, 0)
 
 
@@ -31,7 +32,7 @@ def attention_by_host(host, q, k, v, attn_mask=None, past_key=None, past_value=N
                       n_outputs=1, **attributes):  # fmt: skip
     """As the CPU's operator; what it appends to slots on a GPU is copied there."""
     q, k, v, attn_mask, *others = (host_value(x, False) for x in (q, k, v, attn_mask, *others))
-    if not _on_gpu(past_key):
+    if not (_on_gpu(past_key) or _on_gpu(past_value)):
         given = q, k, v, attn_mask, past_key, past_value, *others
         return host.function(*given, n_outputs=n_outputs, **attributes)
     found, first = [], 0
@@ -47,7 +48,7 @@ def attention_by_host(host, q, k, v, attn_mask=None, past_key=None, past_value=N
         first += count
     presents = _presents(past_key, past_value, k.shape[-2])
     y = np.concatenate([each for each, _ in found], axis=1)
-    return (y, *presents, *found[-1][1])[:n_outputs]
+    return y if n_outputs == 1 else (y, *presents, *found[-1][1])[:n_outputs]
 
 
 def rotary_attention_by_host(host, q, k, v, past_key, past_value, cos_cache, sin_cache, **given):
@@ -87,12 +88,14 @@ def _attention(rows, new, past, rotation, *, is_causal=0, kv_num_heads=0, q_num_
                qk_matmul_output_mode=0, scale=None, softcap=0.0, softmax_precision=0,
                left_window_size=-1, right_window_size=-1, n_outputs=1):  # fmt: skip
     q = new[0]
-    plain = q.ndim == 3 and (is_causal or q.shape[1] == 1)
-    if not plain or right_window_size >= 0 or n_outputs > 3 or not _on_gpu(past[0]):
+    plain = q.ndim == 3 and (is_causal or q.shape[1] == 1) and right_window_size < 0
+    if not plain or n_outputs > 3 or not all(map(_on_gpu, past)):
         return None
-    size, tokens = q.shape[2] // q_num_heads, q.shape[1]
+    size, tokens = _size(*past, q, q_num_heads), q.shape[1]
+    if size not in range(16, WIDEST[rows.board.device.capability >= AMPERE] + 1, 16):
+        return None
     heads = q_num_heads, kv_num_heads, size
-    end = left_window_size + 1 if is_causal else 0, scale or 1 / math.sqrt(size), softcap
+    end = left_window_size + 1, scale or 1 / math.sqrt(size), softcap
     y, turned = rows.room(q.shape, q.dtype), rows.room(q.shape)
     cos, sin, half, interleaved = rotation or (0, 0, 0, 0)
     where = [*(rows.address(x) for x in new), cos, sin, turned.address, y.address]
@@ -110,8 +113,18 @@ def _presents(past_key, past_value, tokens):
 
 def _on_gpu(slot):
     """Whether the cache of every sequence lies on a GPU."""
-    parts = [part for part, _ in getattr(slot, "parts", [(slot, 0)])]
-    return all(getattr(part, "board", None) is not None for part in parts)
+    return all(getattr(part, "board", None) is not None for part, _ in _parts(slot))
+
+
+def _size(past_key, past_value, q, heads):
+    """What the heads of queries, keys and values all have; 0 when they differ."""
+    sizes = {part.size for part, _ in _parts(past_key) + _parts(past_value)}
+    size = max(sizes)
+    return size if len(sizes) == 1 and q.shape[2] == heads * size else 0
+
+
+def _parts(slot):
+    return list(getattr(slot, "parts", [(slot, 0)]))
 
 
 def _sequences(past_key, past_value, tokens):

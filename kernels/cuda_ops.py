@@ -84,7 +84,10 @@ def _declare_binary(op_type, kernel):
         """a (...), b (...) -> (...)."""
         if before_opset_7:
             return None
-        whole = np.broadcast_shapes(a.shape, b.shape)
+        try:
+            whole = np.broadcast_shapes(a.shape, b.shape)
+        except ValueError:
+            return None  # the CPU says so
         steps = broadcast(a.shape, b.shape, whole)
         if steps is None or math.prod(whole) >= 1 << 31:
             return None
@@ -102,7 +105,7 @@ for _op_type, _name in {
 @on_gpu("RMSNormalization", 0, 1)
 def rms_normalization(rows, x, scale, *, axis=-1, epsilon=1e-5, stash_type=1):
     """x (..., N), scale (N,) -> (..., N)."""
-    if axis not in (-1, x.ndim - 1) or scale.shape != x.shape[-1:]:
+    if axis not in (-1, x.ndim - 1) or scale.shape != x.shape[-1:] or not scale.size:
         return None
     y, n = rows.room(x.shape, scale.dtype), x.shape[-1]
     where = rows.address(x), rows.address(scale), y.address
@@ -137,7 +140,7 @@ def layer_normalization(rows, x, scale, b=None, *, axis=-1, epsilon=1e-5, stash_
                         n_outputs=1):  # fmt: skip
     """x (..., N), scale (N,), b (N,) or None -> (..., N)."""
     shapes = {scale.shape, scale.shape if b is None else b.shape}
-    if n_outputs > 1 or axis not in (-1, x.ndim - 1) or shapes != {x.shape[-1:]}:
+    if n_outputs > 1 or axis not in (-1, x.ndim - 1) or shapes != {x.shape[-1:]} or not scale.size:
         return None
     y, n = rows.room(x.shape, x.dtype), x.shape[-1]
     bias = 0 if b is None else rows.address(b)
@@ -147,9 +150,10 @@ def layer_normalization(rows, x, scale, b=None, *, axis=-1, epsilon=1e-5, stash_
 
 
 @on_gpu("Softmax", 0)
-def softmax_there(rows, x, *, axis=-1):
+def softmax_there(rows, x, *, axis=None):
     """x (..., C) -> (..., C)."""
-    if axis not in (-1, x.ndim - 1):
+    last = -1 if rows.host.since >= 13 else 1  # before, all axes from one on are taken for one
+    if (last if axis is None else axis) not in (-1, x.ndim - 1) or not x.ndim or not x.shape[-1]:
         return None
     y = rows.room(x.shape, x.dtype)
     rows.launch(softmax_rows, (x.size // x.shape[-1],), rows.address(x), y.address, x.shape[-1])
@@ -166,11 +170,16 @@ def rotary_embedding(rows, x, cos_cache, sin_cache, position_ids=None, *, interl
     tokens, size = math.prod(x.shape) // x.shape[-1], x.shape[-1] // (heads if x.ndim == 3 else 1)
     tokens = tokens if x.ndim == 3 else x.shape[0]
     half = cos_cache.shape[-1]
-    if rotary_embedding_dim not in (0, 2 * half) or size % 2:
+    if 2 * half != (rotary_embedding_dim or size) or size % 2:
         return None
     caches = [cos_cache, sin_cache]
     if position_ids is not None:
-        caches = [_looked_up(rows, c, rows_f32, (rows.address(c),), position_ids) for c in caches]
+        if any(len(c.shape) != 2 for c in caches):
+            return None
+        caches = [
+            _looked_up(rows, c, rows_f32, (rows.address(c),), position_ids, name="RotaryEmbedding")
+            for c in caches
+        ]
     if any(math.prod(cache.shape) != tokens * half for cache in caches):
         return None
     y = rows.room(x.shape, x.dtype)
@@ -195,10 +204,10 @@ def gather(rows, data, indices, *, axis=0):
     return rows.giving(_looked_up(rows, table, kernel, where, indices, lead))
 
 
-def _looked_up(rows, table, kernel, where, indices, lead=()):
+def _looked_up(rows, table, kernel, where, indices, lead=(), name="Gather"):
     """Rows of a table (V, K) that lies at addresses -> (*lead, indices' shape, K)."""
     v, k = table.shape
-    check = partial(in_range, "Gather", indices, v, 0)
+    check = partial(in_range, name, indices, v, len(lead))
     check()
     rows.checks.append(check)
     y = rows.room((*lead, *indices.shape, k), table.dtype)

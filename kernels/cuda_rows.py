@@ -36,7 +36,7 @@ class DeviceRows:
         given."""
         if isinstance(value, np.ndarray):
             target = self.board.put(value, dtype)
-            if value.flags.writeable:
+            if not self.board.is_constant(value):
                 self.uploads.append((value, target))
             value = target
         self._keep.append(value)
@@ -122,7 +122,7 @@ def on_gpu(op_type, *places, domain="", otherwise=None):
 def _given(host, lower, places, otherwise):
     def lowered(*arguments, **attributes):
         board = board_of(arguments)
-        if board is None:
+        if board is None or any(map(_is_elsewhere, arguments)):
             return None
         try:
             return lower(DeviceRows(board, host), *arguments, **attributes)
@@ -146,6 +146,11 @@ def board_of(arguments):
     """The board on which one of them lies, or None."""
     boards = (getattr(argument, "board", None) for argument in arguments)
     return next((board for board in boards if board is not None), None)
+
+
+def _is_elsewhere(value):
+    """Whether it is a weight in the CPU's memory: one that others read as it is stored."""
+    return hasattr(value, "ref") and not hasattr(value, "board")
 
 
 def by_host(host, *arguments, **attributes):

@@ -9,6 +9,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..registry import op
 from .buffers import contiguous, empty
+from .indexing import in_range
 from .jit import arg, kernel, share
 from .lowered import Rows, plain
 from .vector import fma, load_f32, mul, peek_f32, poke_f32, splat, store_f32
@@ -79,7 +80,8 @@ def rotary_embedding(
 ):  # fmt: skip
     """x (B, H, T, D) or (B, T, H D), caches (B, T, R / 2) or, by position_ids, (P, R / 2)."""
     if position_ids is not None:
-        cos_cache, sin_cache = cos_cache[position_ids], sin_cache[position_ids]
+        ids = in_range("RotaryEmbedding", position_ids, len(cos_cache), 0)
+        cos_cache, sin_cache = cos_cache[ids], sin_cache[ids]
     b, t = x.shape[0], x.shape[-2]
     shape = (b, t, cos_cache.shape[-1])
     cos = contiguous(np.broadcast_to(cos_cache, shape), np.float32)

@@ -182,6 +182,19 @@ class KVSlot(Slot):
         self.scales = self.scales.reshape(heads, self.capacity * self.quantised)
         self.address, self.scales_address = self.array.ctypes.data, self.scales.ctypes.data
 
+    def write(self, rows: Array) -> None:
+        """Put rows (1, KV, T, D) behind what counts, in float16: keys or values of a layer whose
+        others lie elsewhere (gpu/slots.py)."""
+        at = np.arange(self.length, self.length + rows.shape[2])
+        self.reserve(self.length + len(at))
+        padded = np.pad(rows[0], ((0, 0), (0, 0), (0, self.columns - self.size)))
+        with np.errstate(over="ignore"):
+            if self.kind == "key":
+                self.array[:, at // BLOCK, :, at % BLOCK] = padded.transpose(1, 0, 2)
+            else:
+                panels = padded.reshape(self.heads, len(at), self.columns // BLOCK, BLOCK)
+                self.array[:, :, at] = panels.transpose(0, 2, 1, 3)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         order = (0, 1, 3, 2) if self.kind == "key" else (0, 2, 1, 3)
         stored = self.array

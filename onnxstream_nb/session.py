@@ -173,7 +173,7 @@ class Session:
     def gpu_room(self) -> int | None:
         """Bytes that are free where `slots` puts them, if that is a GPU."""
         board = getattr(self.provider, "board", None)
-        return None if board is None else int(board.device.free())
+        return None if board is None else int(board.free())
 
     @property
     def gpu_bytes(self) -> int:

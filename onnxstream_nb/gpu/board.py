@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from .device import ALIGNMENT, Array, Device, DeviceMemoryError, Grid
 
 STAGED = 4 << 20  # bytes that come back by way of pinned memory
@@ -79,6 +81,10 @@ class DeviceArray:
         return found if dtype is None else found.astype(dtype, copy=False)
 
 
+_Copies = dict[tuple[int, Any], tuple[Array, DeviceArray]]
+"""An array's id and the type of its copy's elements -> both."""
+
+
 class Board:
     """A device, a stream, and at most `most` bytes of memory for arrays that come and go.
 
@@ -91,8 +97,9 @@ class Board:
         self._most, self._taken = most, 0
         self._free: dict[int, list[int]] = {}  # size -> addresses
         self._sent: list[Array] = []  # what is uploaded, until the stream has done it
-        self._known: dict[int, tuple[Array, DeviceArray]] = {}  # what this pass has uploaded
-        self._constants: dict[int, tuple[Array, DeviceArray]] = {}
+        self._known: _Copies = {}  # what this pass has uploaded
+        self._constants: _Copies = {}
+        self._gone: list[int] = []  # addresses of what was held
         self._staging: Array | None = None
         self._closed = False
 
@@ -112,10 +119,22 @@ class Board:
 
     def hold(self, nbytes: int) -> Memory:
         """Bytes that are no part of `most`, for weights and caches. Raises DeviceMemoryError."""
+        self._release_gone()
         address = self.device.allocate(nbytes)
-        return Memory(address, lambda: None if self._closed else self.device.release(address))
+        # Given back later, not whenever it is collected: in another thread, or amid a capture.
+        return Memory(address, lambda: self._gone.append(address))
+
+    def free(self) -> int:
+        """Bytes of the device's memory that nobody holds."""
+        self._release_gone()
+        return self.device.free()
+
+    def _release_gone(self) -> None:
+        while self._gone and not self._closed:
+            self.device.release(self._gone.pop())
 
     def _take(self, size: int) -> int:
+        self._check_open()
         if self._free.get(size):
             return self._free[size].pop()
         if self._taken + size > self._most:
@@ -125,9 +144,22 @@ class Board:
                 f"{self.device.name}: a pass takes more than the {self._most >> 20} MB that are "
                 "set aside for what it computes"
             )
-        address = self.device.allocate(size)
+        address = self._allocated(size)
         self._taken += size
         return address
+
+    def _allocated(self, size: int) -> int:
+        try:
+            return self.device.allocate(size)
+        except DeviceMemoryError:
+            if not self._free:
+                raise
+            self._trim()
+            return self.device.allocate(size)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this session is closed, and what it had on a GPU is gone")
 
     def _put_back(self, size: int, address: int) -> None:
         if not self._closed:
@@ -136,31 +168,38 @@ class Board:
     def _trim(self) -> None:
         """Give back to the device what is free, once nothing under way uses it."""
         self.synchronize()
-        for size, addresses in self._free.items():
+        while self._free:  # to which more may be put at any time
+            size, addresses = self._free.popitem()
+            self._taken -= size * len(addresses)
             for address in addresses:
                 self.device.release(address)
-            self._taken -= size * len(addresses)
-        self._free.clear()
 
     # -- copies and launches
 
     def begin(self) -> None:
         """A pass begins: arrays may have changed since they were last put."""
         self._known.clear()
+        self._release_gone()
+
+    @staticmethod
+    def is_constant(array: Array) -> bool:
+        """Whether nobody changes it: a look at another array may be read-only, and yet change."""
+        return not array.flags.writeable and array.base is None
 
     def put(self, array: Array, dtype: Any = None) -> DeviceArray:
-        """An array's elements, copied there once a pass; once for all when it is read-only."""
-        known = self._known if array.flags.writeable else self._constants
-        found = known.get(id(array))
+        """An array's elements, copied there once a pass; once for all when it is a constant."""
+        known = self._constants if self.is_constant(array) else self._known
+        kind = np.dtype(dtype or array.dtype)
+        found = known.get((id(array), kind))
         if found is None:
-            target = self.room(array.shape, dtype or array.dtype)
+            target = self.room(array.shape, kind)
             self.send(array, target)
-            found = known[id(array)] = (array, target)  # it lives, or another had its id
+            found = known[id(array), kind] = (array, target)  # it lives, or another had its id
         return found[1]
 
     def send(self, array: Array, target: DeviceArray) -> None:
-        """Copy an array's elements to where `target` is."""
-        self.upload(target.address, np.ascontiguousarray(array, target.stored))
+        """Copy an array's elements to where `target` is, those that it has now."""
+        self.upload(target.address, np.array(array, target.stored, order="C"))
 
     def upload(self, address: int, array: Array) -> None:
         """Copy a contiguous array, which nobody may change until the stream is waited for."""
@@ -176,21 +215,25 @@ class Board:
     def fetch(self, array: DeviceArray) -> Array:
         """An array of the elements, waited for."""
         elements = self.download(array.address, array.nbytes).view(array.stored)
-        return elements.reshape(array.shape).astype(array.dtype, copy=False)
+        with np.errstate(over="ignore"):  # what is too large for halves is infinite
+            return elements.reshape(array.shape).astype(array.dtype, copy=False)
 
     def download(self, address: int, nbytes: int) -> Array:
         """Bytes (nbytes,) uint8, waited for."""
-        if nbytes > STAGED or not nbytes:
-            found = np.empty(nbytes, np.uint8)
-            if nbytes:
-                self.device.download(found, address, self.stream)
-            self.synchronize()
-            return found
-        if self._staging is None:
-            self._staging = self.device.pinned(STAGED)
-        self.device.download(self._staging[:nbytes], address, self.stream)
+        self._check_open()
+        staging = self._pinned() if 0 < nbytes <= STAGED else None
+        found = np.empty(nbytes, np.uint8) if staging is None else staging[:nbytes]
+        if nbytes:
+            self.device.download(found, address, self.stream)
         self.synchronize()
-        return self._staging[:nbytes].copy()
+        return found if staging is None else found.copy()
+
+    def _pinned(self) -> Array | None:
+        """Room that copies are fast to, if there is any."""
+        if self._staging is None:
+            with suppress(DeviceMemoryError):
+                self._staging = self.device.pinned(STAGED)
+        return self._staging
 
     def synchronize(self) -> None:
         """Wait for all that was begun."""
