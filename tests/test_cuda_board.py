@@ -300,3 +300,27 @@ def test_how_long_the_slots_of_a_sequence_are_goes_up_once(
         assert address == values.past()
         assert board.download(address, 8).view(np.int64)[0] == length
     assert device.up == 3 * 8
+
+
+# -- graphs
+
+
+def test_a_graph_lives_as_long_as_who_replays_it(board: Board, device: CountingDevice) -> None:
+    class Owner:
+        """Who replays it."""
+
+    owner, x, y = Owner(), board.put(ramp(5)), board.room((5,))
+    kernel = UNARY["negative"]
+    graph = board.capture(
+        lambda: board.launch(kernel, (1,), (kernel.threads,), (x.address, y.address, 5, 0.0)),
+        owner,
+    )
+    for sign in (1, -1):
+        board.send(sign * ramp(5), x)
+        board.replay(graph)
+        np.testing.assert_array_equal(board.fetch(y), -sign * ramp(5))
+    assert len(device.graphs) == 1
+    del owner
+    gc.collect()
+    board.begin()
+    assert device.graphs == []
