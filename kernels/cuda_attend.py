@@ -5,6 +5,7 @@ positions there is room for.
 """
 
 import math
+import weakref
 
 import numpy as np
 
@@ -76,9 +77,9 @@ def attention(rows, q, k, v, attn_mask=None, past_key=None, past_value=None, len
 def rotary_attention(rows, q, k, v, past_key, past_value, cos_cache, sin_cache, *, interleaved=0,
                      rotary_embedding_dim=0, **given):  # fmt: skip
     """The same, of q and k that cos and sin (1, T, R / 2) rotate."""
-    half = cos_cache.shape[-1]
+    half, size = cos_cache.shape[-1], q.shape[-1] // given["q_num_heads"]
     fits = cos_cache.size == sin_cache.size == q.shape[1] * half
-    if not fits or rotary_embedding_dim not in (0, 2 * half):
+    if not fits or 2 * half != (rotary_embedding_dim or size):
         return None
     rotation = rows.address(cos_cache), rows.address(sin_cache), half, interleaved
     return _attention(rows, (q, k, v), (past_key, past_value), rotation, **given)
@@ -139,7 +140,7 @@ def _append(rows, where, keys, values, shape):
     """Write the keys and values of one sequence's tokens behind its cache, and turn its queries."""
     tokens, heads, kv, size, *turning = shape
     keys.reserve(keys.length + tokens)
-    rows.slots.append(keys)
+    rows.slots.append(weakref.ref(keys))  # who lets go of a cache gets its memory back
     grid = blocks(tokens * (heads + 2 * kv) * (size // 2))
     rows.launch(
         rotate_append, grid, *where[:6], keys.address, values.address, keys.past(), tokens, heads,
