@@ -5,6 +5,7 @@ positions there is room for.
 """
 
 import math
+import weakref
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def _append(rows, where, keys, values, shape):
     """Write the keys and values of one sequence's tokens behind its cache, and turn its queries."""
     tokens, heads, kv, size, *turning = shape
     keys.reserve(keys.length + tokens)
-    rows.slots.append(keys)
+    rows.slots.append(weakref.ref(keys))  # who lets go of a cache gets its memory back
     grid = blocks(tokens * (heads + 2 * kv) * (size // 2))
     rows.launch(
         rotate_append, grid, *where[:6], keys.address, values.address, keys.past(), tokens, heads,

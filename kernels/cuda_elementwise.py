@@ -88,24 +88,19 @@ SCALARS = {
     "add": add, "sub": sub, "mul": mul, "div": div, "fma": fma, "maximum": maximum,
     "minimum": minimum, "sqrt": sqrt, "exp": exp, "splat": splat, "zero": zero,
 }  # fmt: skip
-_made = {}
+_made = {getattr(functions, name): scalar for name, scalar in SCALARS.items()}  # by what they are
 
 
 def of_elements(function):
     """The device function of one element that a function of functions.py is of vectors."""
+    if function in _made:  # without a compiler these are their twins, whose names are others
+        return _made[function]
     python = getattr(function, "py_func", function)
     if python not in _made:
-        if python.__name__ in SCALARS:
-            return SCALARS[python.__name__]
         known = python.__globals__
-        names = {n: _meaning(known[n]) for n in python.__code__.co_names if n in known}
+        names = {n: of_elements(known[n]) for n in python.__code__.co_names if n in known}
         _made[python] = Function(FunctionType(python.__code__, names, python.__name__))
     return _made[python]
-
-
-def _meaning(value):
-    name = getattr(value, "__name__", "")
-    return SCALARS[name] if name in SCALARS else of_elements(value)
 
 
 def make_unary(name, function):

@@ -118,6 +118,8 @@ def add_rms_normalization(rows, a, b, scale, *, axis=-1, epsilon=1e-5, stash_typ
     """a and b (..., N), scale (N,) -> a + b, and its RMSNormalization."""
     if axis not in (-1, a.ndim - 1) or scale.shape != a.shape[-1:] or a.shape != b.shape:
         return None
+    if not scale.size:
+        return None
     total, y, n = rows.room(a.shape, a.dtype), rows.room(a.shape, scale.dtype), a.shape[-1]
     where = (rows.address(x) for x in (a, b, scale, total, y))
     rows.launch(add_rms_norm, (a.size // n,), *where, n, epsilon)

@@ -20,8 +20,8 @@ class DeviceRows:
     """The launches of one operator, to be run now and, as they stand, again.
 
     They read and write fixed addresses. `uploads` are arrays of the CPU that are read, and where;
-    `slots` those of a cache whose length they read; `checks` look, before they are run again, at
-    what may have changed. `host` is the CPU's operator.
+    `slots` refer to those of a cache whose length they read; `checks` look, before they are run
+    again, at what may have changed. `host` is the CPU's operator.
     """
 
     swift = True  # nobody needs to stop it half-way
@@ -97,8 +97,10 @@ class DeviceTable:
             check()
         for array, target in self._uploads.values():
             self._board.send(array, target)
-        for slot in self._slots:
-            slot.past()
+        for reference in self._slots:
+            slot = reference()
+            if slot is not None:
+                slot.past()
         self._board.replay(self._graph)
 
 

@@ -121,7 +121,7 @@ def packable(graph: Graph, has_panels: Callable[[WeightRef], Any]) -> dict[str, 
 def factors(plan: Plan) -> list[WeightRef]:
     """The distinct matrices that products alone read."""
     found = _read_as(plan.graph, [step.operator for step in plan.steps], "packs")
-    return list({ref.matrix: ref for ref in found.values()}.values())
+    return list({ref.matrix: ref for ref in found.values() if len(ref.shape) == 2}.values())
 
 
 def without(plan: Plan, refs: Collection[WeightRef]) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from . import formats, passes, trace
 from .device import parse_size, peak_rss, physical_cores
-from .errors import Interrupted, ShapeError, UsageError
+from .errors import DeviceError, Interrupted, ShapeError, UsageError
 from .gpu.offload import Gpu, open_gpu
 from .graph import Graph, Value, WeightRef
 from .kvslot import Slot
@@ -341,7 +341,8 @@ def _closed_on_failure(gpu: Gpu | None) -> Iterator[None]:
         yield
     except BaseException:
         if gpu:
-            gpu.device.close()
+            with suppress(DeviceError):  # the first error says what is the matter
+                gpu.device.close()
         raise
 
 

@@ -82,9 +82,7 @@ def test_views_keep_the_memory_that_they_look_at(board: Board, device: CountingD
         np.testing.assert_array_equal(np.asarray(view), array)
     assert views[2].dtype == np.asarray(views[2]).dtype == np.float16
     assert views[2].nbytes == 4 * 24  # as it lies there
-    with pytest.raises(IndexError):
-        views[0][6]
-    assert [row.shape for row in views[0]] == 6 * [(4,)]
+    assert [row.shape for row in views[0]] == 6 * [(4,)]  # an IndexError ends it
 
 
 def test_memory_is_bounded_by_most(board: Board, device: CountingDevice) -> None:

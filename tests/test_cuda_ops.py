@@ -15,6 +15,7 @@ from onnxstream_nb.gpu.board import Board, DeviceArray
 from onnxstream_nb.registry import lookup
 
 NEWEST = 25
+FUSED = ("AddRMSNormalization", "SwishMul", "MatMuls", "RotaryAttention")
 
 
 @pytest.fixture
@@ -27,7 +28,8 @@ def random(*shape: int, seed: int = 0) -> Array:
 
 
 def function(op_type: str, device: str, opset: int = NEWEST) -> Any:
-    found = lookup(op_type, "", opset, device)
+    domain = "onnxstream_nb" if op_type in FUSED else ""
+    found = lookup(op_type, domain, opset, device)
     assert found is not None and found.device == device, op_type
     return found.function
 
@@ -148,6 +150,22 @@ def test_rows_that_are_left_to_the_cpu(board: Board) -> None:
     compare(board, "LayerNormalization", [x, random(3, 5)], axis=1, there=False, n_outputs=1)
     compare(board, "LayerNormalization", [x, random(5), random(1)], there=False, n_outputs=1)
     compare(board, "LayerNormalization", [x, random(5)], there=False, n_outputs=3)
+
+
+def test_several_as_one(board: Board) -> None:
+    scale = random(37, seed=1)
+    for shape in ((2, 3, 37), (0, 37), (1, 37)):
+        a, b = random(*shape), random(*shape, seed=2)
+        compare(board, "AddRMSNormalization", [a, b, scale], at=(1, 2), epsilon=1e-2)
+        compare(board, "SwishMul", [a, b], at=(1,))
+    halves = [x.astype(np.float16) for x in (random(2, 37), random(2, 37, seed=2), scale)]
+    compare(board, "AddRMSNormalization", halves)
+    compare(board, "SwishMul", halves[:2])
+    for other in ((37,), (3, 1)):
+        compare(board, "AddRMSNormalization", [random(3, 37), random(*other), scale], there=False)
+        compare(board, "SwishMul", [random(3, 37), random(*other)], there=False)
+    compare(board, "AddRMSNormalization", [random(3, 0), random(3, 0), random(0)], there=False)
+    refused(board, "SwishMul", [random(3, 5), random(4)])
 
 
 def test_softmax_before_opset_13(board: Board) -> None:

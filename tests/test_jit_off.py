@@ -31,7 +31,8 @@ def test_a_sample_of_the_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["test_vector.py", "test_quads.py", "test_bf16.py", "test_buffers.py"]
+    "file",
+    ["test_vector.py", "test_quads.py", "test_bf16.py", "test_buffers.py", "test_cuda_ops.py"],
 )
 def test_the_twins_of_the_primitives(file: str) -> None:
     out = uncompiled("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file))

@@ -16,9 +16,9 @@ from onnxstream_nb.gpu.whole import WholeProvider
 from onnxstream_nb.llm import LanguageModel
 
 SMALL = Tiny(
-    vocab=67, hidden=64, intermediate=96, layers=1, heads=4, kv_heads=2, head_dim=16, context=96
+    vocab=67, hidden=32, intermediate=32, layers=1, heads=2, kv_heads=1, head_dim=16, context=96
 )
-TOLERANCE = 1e-3
+TOLERANCE = 3e-3
 """Of the largest logit: the products of a prompt are of halves, and keys and values are halves."""
 
 

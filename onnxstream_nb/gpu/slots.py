@@ -11,7 +11,7 @@ import numpy as np
 
 from ..kvslot import KVSlot, Slot
 from .board import Board
-from .device import Array
+from .device import Array, DeviceMemoryError
 
 
 class Position:
@@ -68,9 +68,17 @@ class DeviceSlots:
     """Makes the slots of one sequence: on the GPU where its kernels can read them."""
 
     def __init__(self, board: Board) -> None:
-        self._board, self._position = board, Position(board)
+        self._board = board
+        self._position: Position | None = None
 
     def __call__(self, slot: Slot) -> KVSlot | DeviceSlot:
         if slot.quantised or slot.size % 16:
             return slot.in_memory()
-        return DeviceSlot(slot, self._board, self._position)
+        try:
+            self._position = self._position or Position(self._board)
+            return DeviceSlot(slot, self._board, self._position)
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(
+                f"{error} for the keys and values of {slot.capacity} positions: a smaller "
+                "--context takes less, and without --cuda all the CPU's memory has them"
+            ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..plan import Form, Plan
 from ..registry import lookup
 from ..weights import DiskProvider, WeightsProvider, numpy_dtype
 from .board import Board
-from .device import ALIGNMENT, Array, Device
+from .device import ALIGNMENT, Array, Device, DeviceError, DeviceMemoryError
 from .slots import DeviceSlots
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -65,10 +66,15 @@ def placement_of(plan: Plan) -> Placement:
                 else "tables" if i in operator.lookups and len(ref.shape) == 2
                 else "vectors"
             )  # fmt: skip
-            if operator.device != "cuda" or ref.dtype not in FLOATS:
+            flat = kind != "matrices" or len(ref.shape) == 2  # products with a stack are the CPU's
+            if operator.device != "cuda" or ref.dtype not in FLOATS or not flat:
                 refused.add(ref.matrix)
             else:
                 found[kind][ref.matrix] = ref
+    initializers = plan.graph.initializers
+    refused.update(
+        initializers[v.name].matrix for v in plan.graph.outputs if v.name in initializers
+    )
     for refs in found.values():
         for matrix in refused & refs.keys():
             del refs[matrix]
@@ -80,10 +86,37 @@ def _as_matrix(table: WeightRef) -> WeightRef:
     return replace(table, shape=table.shape[::-1], transposed=not table.transposed)
 
 
+REMEDY = (
+    "the whole model lies there: run again without --cuda, or with --cuda auto, where the CPU goes "
+    "on if the GPU fails"
+)
+
+
+class Alone:
+    """A device for whose work nobody can stand in: what it has computed is nowhere else. Its errors
+    say what to do; a lack of memory is first of all for whoever asked for it."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._device, name)
+        return partial(self._call, name, found) if callable(found) else found
+
+    def _call(self, name: str, function: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return function(*given)
+        except DeviceError as error:
+            if isinstance(error, DeviceMemoryError) and name in ("allocate", "pinned"):
+                raise
+            raise type(error)(f"{error}; {REMEDY}") from error
+
+
 class WholeProvider:
     """Gives what operators on the GPU take of a placement; all else comes from `host`.
 
-    Each weight is read from its file once. Raises DeviceMemoryError when one finds no room.
+    Each weight is read from its file once. Raises DeviceError when the device fails, also of memory
+    that it said it had.
     """
 
     def __init__(
@@ -95,13 +128,24 @@ class WholeProvider:
         tell: Callable[[str], None],
         progress: Callable[[str, float | None], None] | None = None,
     ) -> None:
-        self.host, self.board = host, Board(device, work, tell)
-        self.bytes_in_use = 0
+        self.host, self._device = host, device
+        self.board = Board(Alone(device), work, tell)
+        self._tell, self.bytes_in_use = tell, 0
         self._disk = DiskProvider()
         self._placed: dict[Any, Any] = {}
         self._memory: list[Any] = []
         self._announced: Sequence[WeightRef] = ()
         self._others: list[WeightRef] = []
+        try:
+            self._place_all(placement, progress)
+        except DeviceMemoryError as error:
+            raise DeviceMemoryError(
+                f"{error}, while the model was copied there; {REMEDY}"
+            ) from error
+
+    def _place_all(
+        self, placement: Placement, progress: Callable[[str, float | None], None] | None
+    ) -> None:
         whole, done = sum(ref.nbytes for ref in placement.refs) or 1, 0
         kinds = (
             (placement.matrices, self._matrix), (placement.tables, self._table),
@@ -114,7 +158,7 @@ class WholeProvider:
                     self._placed[matrix] = found
                 done += ref.nbytes
                 if progress is not None:
-                    progress(f"copying weights to {device.name}", done / whole)
+                    progress(f"copying weights to {self.board.device.name}", done / whole)
 
     def _hold(self, array: Array) -> int:
         """The address of a copy that stays."""
@@ -167,8 +211,12 @@ class WholeProvider:
             self.host.release(ref)
 
     def close(self) -> None:
+        """Let go of everything. What the device says to that takes nobody's results away."""
         getattr(self.host, "close", lambda: None)()
         self._disk.close()
         self._placed.clear()
         self.board.close()
-        self.board.device.close()
+        try:
+            self._device.close()
+        except DeviceError as error:
+            self._tell(f"{error}, when it was closed")
