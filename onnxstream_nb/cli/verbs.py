@@ -208,7 +208,7 @@ VERIFY = (
         "SIZE",
         repeat=True,
     ),
-    *LOADING[:3], JSON,
+    *LOADING[:2], THREADS, JSON,
 )  # fmt: skip
 YES = Option(("-y", "--yes"), "do not ask", truth, default=False)
 
