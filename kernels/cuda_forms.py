@@ -1,7 +1,8 @@
 """How matrices are kept in a GPU's memory (cuda_gemv.py), and how they are made of stored ones.
 
 Dims: a matrix (K, N) is kept as N rows of K, filled up to a multiple of BLOCK: halves, or integers
-of 8 or 4 bits with float16 scales for each BLOCK of them, where that is exactly what is stored.
+of 8 or 4 bits with float16 scales for each BLOCK of them, where that is exactly what is stored (of
+Q4_K but for the rounding of its scales to float16, which is no more than that of weights to it).
 """
 
 from collections.abc import Callable
@@ -85,6 +86,22 @@ def as_nibbles_with_minima(weight):
     return "i4m", _split_nibbles(rest), scales
 
 
+def as_nibbles_of_k(weight):
+    """A Q4_K weight as the same: each BLOCK's scale, and its offset, are products of two numbers,
+    rounded to float16."""
+    n, k = weight.ref.stored_shape
+    blocks = weight.buffer.reshape(n, k // 256, 144)
+    both = np.ascontiguousarray(blocks[..., :4]).view(np.float16).astype(np.float32)
+    low, high, mixed = blocks[..., 4:8], blocks[..., 8:12], blocks[..., 12:16]
+    scales = np.concatenate([low & 63, mixed & 15 | low >> 6 << 4], axis=-1)
+    minima = np.concatenate([high & 63, mixed >> 4 | high >> 6 << 4], axis=-1)
+    pairs = np.stack([both[..., :1] * scales, -both[..., 1:] * minima], axis=-1)
+    rest = blocks[..., 16:].reshape(n, k // 256, 4, 32)
+    elements = np.stack([rest & 15, rest >> 4], axis=-2).reshape(n, k)
+    with np.errstate(over="ignore"):
+        return "i4m", words_of(elements), pairs.reshape(n, k // BLOCK, 2).astype(np.float16)
+
+
 def words_of(elements):
     """(N, K) in 0 .. 15 -> (N, K / 8) words: of eight, 2 j and 2 j + 1 are nibbles j and j + 4."""
     eights = elements.astype(np.uint32).reshape(*elements.shape[:-1], -1, 4, 2)
@@ -92,7 +109,10 @@ def words_of(elements):
     return np.bitwise_or.reduce(eights << shifts, axis=(-2, -1))
 
 
-FORMS = {"q8_0": (as_bytes, 34), "q4_0": (as_nibbles, 18), "q4_1": (as_nibbles_with_minima, 20)}
+FORMS = {
+    "q8_0": (as_bytes, 34), "q4_0": (as_nibbles, 18), "q4_1": (as_nibbles_with_minima, 20),
+    "q4_k": (as_nibbles_of_k, 20),
+}  # fmt: skip
 
 
 def _unsigned(ref):

@@ -46,9 +46,10 @@ def matmuls_there(rows, a, *matrices):
 
 
 def _products(rows, a, *matrices):
+    if not all(isinstance(m, DeviceMatrix) and m.board is not None for m in matrices):
+        return None
     k, *others = {m.shape[0] for m in matrices}
-    there = all(isinstance(m, DeviceMatrix) and m.board is not None for m in matrices)
-    if not there or others or a.shape[-1:] != (k,) or k != padded(k):
+    if others or a.shape[-1:] != (k,) or k != padded(k):
         return None
     m = math.prod(a.shape[:-1])
     results = [rows.room((*a.shape[:-1], matrix.shape[1]), a.dtype) for matrix in matrices]

@@ -84,7 +84,7 @@ class DeviceTable:
         self._uploads = {id(t): (a, t) for part in self._parts for a, t in part.uploads}
         self._slots = [slot for part in self._parts for slot in part.slots]
         self._checks = [check for part in self._parts for check in part.checks]
-        self._graph = self._board.device.capture(self._board.stream, self._launch)
+        self._graph = self._board.capture(self._launch, self)
 
     def _launch(self):
         for part in self._parts:
@@ -101,7 +101,7 @@ class DeviceTable:
             slot = reference()
             if slot is not None:
                 slot.past()
-        self._board.device.replay(self._graph, self._board.stream)
+        self._board.replay(self._graph)
 
 
 def on_gpu(op_type, *places, domain="", otherwise=None):

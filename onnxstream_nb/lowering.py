@@ -201,7 +201,7 @@ class Replay:
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""
-        offset = self._places()[0][0] - self._base[0][0] if self._slots else 0
+        offset = self._slots[0].places[0][0] - self._base[0][0] if self._slots else 0
         for name, known in self._feeds.items():
             if name in self._fixed and not _is_slot(known):
                 np.copyto(known, feeds[name])

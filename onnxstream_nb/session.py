@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -141,6 +142,8 @@ class Session:
                 self.provider = gpu.provider(self.provider, placed, progress)
         self.chunk, self._has_budget = holding.chunk, ram is not None
         self._lock, self._closed = threading.Lock(), False
+        self._declared = {value.name: value for value in self.graph.inputs}
+        self._accepted: WeakValueDictionary[str, Any] = WeakValueDictionary()  # slots, by input
         self._replay: Replay | None = None
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
         self._arena, self._decode = internal("Arena")(), internal("Decode")
@@ -206,7 +209,7 @@ class Session:
                 raise UsageError("this session is closed; open the model again")
             self._set_threads(self.threads)
             self._set_precision(self.precision)
-            checked = _checked_feeds(self.inputs, feeds)
+            checked = _checked_feeds(self._declared, feeds, self._accepted)
             getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
             values = self._replayed(checked, wanted, stop)
@@ -380,16 +383,32 @@ def _thread_count(threads: int | None) -> int:
     return threads
 
 
-def _checked_feeds(inputs: Iterable[Value], feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """The feeds as arrays of the declared types; slots pass as they are."""
-    declared = {v.name: v for v in inputs}
+def _checked_feeds(
+    declared: Mapping[str, Value],
+    feeds: Mapping[str, Any],
+    accepted: WeakValueDictionary[str, Any],
+) -> dict[str, Any]:
+    """The feeds as arrays of the declared types; slots pass as they are, and once `accepted`
+    unseen: of theirs, only the length ever changes."""
     unknown = [name for name in feeds if name not in declared]
     missing = [name for name in declared if name not in feeds]
     if unknown or missing:
         names = ", ".join(declared)
         problem = f"unknown {unknown}" if unknown else f"missing {missing}"
         raise ShapeError(f"feeds: {problem}; the model's inputs are {names}")
-    return {name: _checked(declared[name], feed) for name, feed in feeds.items()}
+    checked = {}
+    for name, feed in feeds.items():
+        if accepted.get(name) is not feed:
+            feed = _checked(declared[name], feed)
+            if hasattr(feed, "reserve") and _grows(declared[name], getattr(feed, "axis", 2)):
+                accepted[name] = feed
+        checked[name] = feed
+    return checked
+
+
+def _grows(value: Value, axis: int) -> bool:
+    """Whether any length is allowed along an axis."""
+    return value.shape is None or not isinstance(value.shape[axis], int)
 
 
 def _checked(value: Value, feed: Any) -> Any:

@@ -36,6 +36,7 @@ class FakeDevice:
         self.closed = False
         self._capturing: tuple[int, Queue] | None = None
         self._queues: dict[int, Queue] = {}
+        self.graphs: list[Queue] = []  # that were captured, and not forgotten
 
     def _enter(self) -> None:
         self.calls += 1
@@ -133,7 +134,12 @@ class FakeDevice:
             work()
         finally:
             self._capturing = None
+        self.graphs.append(found)
         return found
+
+    def forget(self, graph: Queue) -> None:
+        self._enter()
+        self.graphs = [each for each in self.graphs if each is not graph]
 
     def replay(self, graph: Queue, stream: int) -> None:
         self._enter()
@@ -142,4 +148,5 @@ class FakeDevice:
     def close(self) -> None:
         self.closed = True
         self.held.clear()
+        self.graphs.clear()
         self._enter()

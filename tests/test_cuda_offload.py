@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cuda_arrays import Array
 from fake_device import FakeDevice
+from llama_fixtures import random_blocks
 
 from onnxstream_nb.gpu.lanes import Pending
 from onnxstream_nb.gpu.provider import CudaProvider, chosen
@@ -59,6 +60,19 @@ def test_products_with_stored_matrices(encoding: str, rows: int) -> None:
     x = np.random.default_rng(rows).standard_normal((1, rows, 96)).astype(np.float32)
     # Rows for tensor cores are rounded to halves.
     close(product(x, provider.get(ref)), x, w, 1e-3 if rows > 8 else 2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 11])
+def test_products_with_k_quants(rows: int) -> None:
+    """Their blocks' scales are products, which are rounded to halves."""
+    stored = random_blocks("Q4_K", 21, 512, np.random.default_rng(2))
+    w = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q4_K).T.astype(np.float32)
+    data = stored.tobytes()
+    ref = WeightRef("k", (512, 21), "float32", data, 0, len(data), "q4_k", transposed=True)
+    provider = opened(FakeDevice(), [ref])
+    assert provider.get(ref).encoding == "i4m" and provider.nbytes == 21 * 512 * 20 // 32
+    x = np.random.default_rng(rows).standard_normal((1, rows, 512)).astype(np.float32)
+    close(product(x, provider.get(ref)), x, w, 1e-3)
 
 
 def affine(

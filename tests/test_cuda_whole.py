@@ -18,7 +18,7 @@ from llama_oracle import Tiny
 from llm_checks import Countdown
 from whole_models import SMALL, CountingDevice, fed, near, on_cpu, opened, written
 
-from onnxstream_nb.errors import Interrupted, UsageError
+from onnxstream_nb.errors import Interrupted, ShapeError, UsageError
 from onnxstream_nb.gpu import offload
 from onnxstream_nb.gpu.slots import DeviceSlot
 from onnxstream_nb.kernels.cuda_rows import DeviceTable
@@ -206,6 +206,19 @@ def test_a_token_is_one_graph(model: Path, device: CountingDevice) -> None:
         assert len(device.launched) - launched == captured
         assert device.up - up <= 64 and device.down - down == 4 * SMALL.vocab
         assert device.allocations == allocations and llm.session._replay is replay
+    llm.close()
+
+
+def test_ids_that_are_none(model: Path, device: CountingDevice) -> None:
+    """Each is looked at, before what was captured looks it up."""
+    llm, wanted = opened(model), on_cpu(model, PARTS)
+    found = []
+    for part in PARTS:
+        for wrong in ([SMALL.vocab], [2, -SMALL.vocab - 1]):
+            with pytest.raises(ShapeError, match=f"Gather: index {wrong[-1]} is out of range"):
+                llm.feed(wrong)
+        found += fed(llm, [part])
+    near(found, wanted)
     llm.close()
 
 

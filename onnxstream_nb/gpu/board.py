@@ -10,12 +10,13 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..errors import UsageError
-from .device import ALIGNMENT, Array, Device, DeviceMemoryError, Grid
+from .device import ALIGNMENT, Array, Device, DeviceMemoryError, Graph, Grid
 
 STAGED = 4 << 20  # bytes that come back by way of pinned memory
 FLOAT = np.dtype(np.float32)
@@ -99,7 +100,7 @@ class Board:
         self._sent: list[Array] = []  # what is uploaded, until the stream has done it
         self._known: _Copies = {}  # what this pass has uploaded
         self._constants: _Copies = {}
-        self._gone: list[int] = []  # addresses of what was held
+        self._gone: list[Callable[[], None]] = []  # what gives back what was held
         self._staging: Array | None = None
         self._closed = False
 
@@ -122,7 +123,18 @@ class Board:
         self._release_gone()
         address = self.device.allocate(nbytes)
         # Given back later, not whenever it is collected: in another thread, or amid a capture.
-        return Memory(address, lambda: self._gone.append(address))
+        return Memory(address, lambda: self._gone.append(partial(self.device.release, address)))
+
+    def capture(self, work: Callable[[], None], owner: object) -> Graph:
+        """What `work` launches, which is not done now, to be replayed as long as `owner` lives."""
+        graph = self.device.capture(self.stream, work)
+        give_back = partial(self._gone.append, partial(self.device.forget, graph))
+        weakref.finalize(owner, give_back).atexit = False
+        return graph
+
+    def replay(self, graph: Graph) -> None:
+        """Do again what was captured."""
+        self.device.replay(graph, self.stream)
 
     def free(self) -> int:
         """Bytes of the device's memory that nobody holds."""
@@ -131,7 +143,7 @@ class Board:
 
     def _release_gone(self) -> None:
         while self._gone and not self._closed:
-            self.device.release(self._gone.pop())
+            self._gone.pop()()
 
     def _take(self, size: int) -> int:
         self._check_open()

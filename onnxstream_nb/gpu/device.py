@@ -80,5 +80,8 @@ class Device(Protocol):
     def replay(self, graph: Graph, stream: Stream) -> None:
         """Do again what was captured."""
 
+    def forget(self, graph: Graph) -> None:
+        """What was captured is no longer needed."""
+
     def close(self) -> None:
         """Give everything back."""

@@ -177,6 +177,9 @@ class CudaDevice:
     def replay(self, graph: Graph, stream: Stream) -> None:
         self._call("cuGraphLaunch", graph, stream)
 
+    def forget(self, graph: Graph) -> None:
+        self._give_back("cuGraphExecDestroy", graph)
+
     def close(self) -> None:
         """Give everything back: others may have the GPU's context open, which then keeps what is in
         it. Raises DeviceError when the driver refused any of it, after all was tried."""
