@@ -18,7 +18,7 @@ from onnxstream_nb.llm import LanguageModel
 SMALL = Tiny(
     vocab=67, hidden=32, intermediate=32, layers=1, heads=2, kv_heads=1, head_dim=16, context=96
 )
-TOLERANCE = 5e-4
+TOLERANCE = 1e-3
 """Of the largest logit, while keys and values are halves in either cache."""
 HALVES = 3e-3
 """The same where the products of a prompt are of halves, or weights are rounded to them."""
