@@ -16,9 +16,7 @@ from whole_models import CountingDevice
 from onnxstream_nb.errors import DeviceError, DeviceMemoryError, UsageError
 from onnxstream_nb.gpu import board as boards
 from onnxstream_nb.gpu.board import Board
-from onnxstream_nb.gpu.slots import DeviceSlot, DeviceSlots
 from onnxstream_nb.kernels.cuda_elementwise import UNARY
-from onnxstream_nb.kvslot import Slot
 
 MOST = 1 << 16
 
@@ -264,40 +262,6 @@ def test_a_lack_of_memory_is_told_once(board: Board, told: list[str]) -> None:
     for _ in range(2):
         board.failed(DeviceMemoryError("no room"))
     assert told == ["no room; the CPU computes what does not fit"]
-
-
-# -- slots
-
-
-def test_a_slot_is_filled_and_set_back(board: Board) -> None:
-    place = DeviceSlots(board)
-    slot = place(Slot("key", 2, 16, np.dtype(np.float16), positions=40))
-    assert isinstance(slot, DeviceSlot) and slot.shape == (1, 2, 0, 16)
-    assert np.asarray(slot).shape == (1, 2, 0, 16)
-    rows = ramp(1, 2, 5, 16) / 8
-    slot.write(rows[:, :, :3])
-    slot.length = 3
-    slot.write(rows[:, :, 3:])
-    present = slot.advanced(5)
-    np.testing.assert_array_equal(np.asarray(present), rows)
-    assert np.asarray(slot).dtype == np.float16 and slot.shape[2] == 3
-    slot.length = 1
-    np.testing.assert_array_equal(np.asarray(slot), rows[:, :, :1])
-    with pytest.raises(UsageError, match="do not fit"):
-        slot.write(np.zeros((1, 2, slot.capacity, 16)))
-
-
-def test_how_long_the_slots_of_a_sequence_are_goes_up_once(
-    board: Board, device: CountingDevice
-) -> None:
-    place = DeviceSlots(board)
-    keys, values = (place(Slot(kind, 1, 16, positions=40)) for kind in ("key", "value"))
-    for length in (0, 7, 7, 0):
-        keys.length = values.length = length
-        address = keys.past()
-        assert address == values.past()
-        assert board.download(address, 8).view(np.int64)[0] == length
-    assert device.up == 3 * 8
 
 
 # -- graphs

@@ -12,18 +12,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from batch_models import Tokenizer
-from fake_llm import VOCAB
 from llama_oracle import Tiny
 from llm_checks import Countdown
-from whole_models import SMALL, CountingDevice, fed, near, on_cpu, opened, written
+from whole_models import (
+    HALVES,
+    SMALL,
+    TOLERANCE,
+    CountingDevice,
+    fed,
+    near,
+    on_cpu,
+    opened,
+    opened_on_cpu,
+    written,
+)
 
-from onnxstream_nb.errors import Interrupted, UsageError
+from onnxstream_nb.errors import Interrupted, ShapeError, UsageError
 from onnxstream_nb.gpu import offload
 from onnxstream_nb.gpu.slots import DeviceSlot
 from onnxstream_nb.kernels.cuda_rows import DeviceTable
 from onnxstream_nb.kvslot import KVSlot
-from onnxstream_nb.model import Model
 from onnxstream_nb.sequences import Sequences
 
 FOLDER = Path(__file__).parent / "fixtures" / "models"
@@ -42,10 +50,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("whole"))
 
 
-def same(path: Path, parts: Sequence[Sequence[int]] = PARTS, **options: Any) -> Any:
+def same(
+    path: Path, parts: Sequence[Sequence[int]] = PARTS, error: float = TOLERANCE, **options: Any
+) -> Any:
     """What the model gives is what it gives on the CPU; the model, for a look at it."""
     llm = opened(path, **options)
-    near(fed(llm, parts), on_cpu(path, parts, **options))
+    near(fed(llm, parts), on_cpu(path, parts, **options), error)
     return llm
 
 
@@ -67,7 +77,7 @@ def same(path: Path, parts: Sequence[Sequence[int]] = PARTS, **options: Any) -> 
 )  # fmt: skip
 def test_gguf(encoding: str, tiny: Tiny, tmp_path: Path, device: CountingDevice) -> None:
     """Also a hidden size that the products do not take, and heads that no kernel is for."""
-    llm = same(written(tmp_path, encoding, tiny))
+    llm = same(written(tmp_path, encoding, tiny), error=HALVES if encoding[0] != "Q" else 1e-3)
     slots = list(llm._cache.slots.values())
     assert all(isinstance(s, KVSlot if tiny.head_dim == 8 else DeviceSlot) for s in slots)
     llm.close()
@@ -77,8 +87,15 @@ def test_gguf(encoding: str, tiny: Tiny, tmp_path: Path, device: CountingDevice)
 @pytest.mark.parametrize("name", ["llama_gqa_op14", "mistral_sw8_op14", "llama_gqa_dyn23"])
 def test_exports(name: str, device: CountingDevice) -> None:
     """With masks, positions, and caches of arrays that were made by others."""
-    same(FOLDER / name / "model.onnx", ([3, 9, 40], [5], [9]), context=64).close()
+    same(FOLDER / name / "model.onnx", ([3, 9, 40], [5], [9]), HALVES, context=64).close()
     assert not device.held
+
+
+@pytest.mark.parametrize("about", [{"capability": (7, 5)}, {"order": "random"}], ids=str)
+def test_on_any_device(about: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also without what Ampere brought, and whatever comes first."""
+    monkeypatch.setattr(offload, "_first", lambda: CountingDevice(**about))
+    same(model, ([3, 9, 40, 1, 7, 12, 2, 5, 11], [5], [9]), HALVES).close()
 
 
 @pytest.mark.parametrize("load", ["stream", "mmap"])
@@ -119,16 +136,10 @@ def test_logits_of_all_positions(model: Path, device: CountingDevice) -> None:
     near(found[1], found[0])
 
 
-def opened_on_cpu(model: Path) -> Any:
-    from onnxstream_nb.llm import LanguageModel
-
-    return LanguageModel(model, precision="exact")
-
-
 def test_the_full_context(tmp_path: Path, device: CountingDevice) -> None:
     """To the last position, beyond a block of 32 of them."""
     path, ids = written(tmp_path), [int(i) for i in np.arange(37) * 7 % SMALL.vocab]
-    same(path, [ids, [1], [2], [3]], context=40).close()
+    same(path, [ids, [1], [2], [3]], HALVES, context=40).close()
 
 
 def test_keys_and_values_of_eight_bits_stay_with_the_cpu(
@@ -154,7 +165,7 @@ def test_several_sequences(model: Path, device: CountingDevice) -> None:
         for strand in strands:
             strand.waiting = [] if token is None else [token]
     for strand, theirs in zip(strands, wanted, strict=True):
-        near(rows[strand][: len(theirs)], theirs[: len(rows[strand])])
+        near(rows[strand][: len(theirs)], theirs[: len(rows[strand])], HALVES)
         assert len(rows[strand]) >= 3
     slots = [weakref.ref(slot) for s in strands for slot in s.cache.slots.values()]
     rows.clear()
@@ -209,6 +220,19 @@ def test_a_token_is_one_graph(model: Path, device: CountingDevice) -> None:
     llm.close()
 
 
+def test_ids_that_are_none(model: Path, device: CountingDevice) -> None:
+    """Each is looked at, before what was captured looks it up."""
+    llm, wanted = opened(model), on_cpu(model, PARTS)
+    found = []
+    for part in PARTS:
+        for wrong in ([SMALL.vocab], [2, -SMALL.vocab - 1]):
+            with pytest.raises(ShapeError, match=f"Gather: index {wrong[-1]} is out of range"):
+                llm.feed(wrong)
+        found += fed(llm, [part])
+    near(found, wanted)
+    llm.close()
+
+
 def test_tokens_that_nobody_waits_for(model: Path, device: CountingDevice) -> None:
     """Logits that stay are not looked at between: what goes up is not what comes later."""
     llm = opened(model)
@@ -229,63 +253,3 @@ def test_a_second_model_after_the_first(model: Path, device: CountingDevice) -> 
         llm.close()
         with pytest.raises(UsageError, match="closed"):
             llm.feed([1])
-
-
-# -- a model that samples there
-
-TEXT = replace(SMALL, vocab=VOCAB, context=128)
-
-
-def replies(path: Path, options: dict[str, Any], **sampling: Any) -> list[int]:
-    llm = opened(path) if options else opened_on_cpu(path)
-    llm.logits_stay = bool(options)
-    model = Model("tiny", path, Tokenizer(), llm)
-    reply = model.generate("abcabcab", raw=True, max_tokens=4, **sampling)
-    ids = [token.id for token in reply]
-    if options and not sampling.get("speculate"):
-        assert reply.stats.gpu_bytes == llm.gpu_bytes
-    model.close()
-    return ids
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"temperature": 0}, {"temperature": 1.3, "seed": 5, "top_p": 0.9},
-        {"temperature": 1, "seed": 3, "top_k": 0, "repeat_penalty": 1.3, "logit_bias": {97: 4.0}},
-        {"temperature": 0, "speculate": 4},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_a_reply_is_the_cpu_s(
-    sampling: dict[str, Any], tmp_path: Path, device: CountingDevice
-) -> None:
-    path = written(tmp_path, "F16", TEXT)
-    assert replies(path, {"cuda": "all"}, **sampling) == replies(path, {}, **sampling)
-
-
-def test_replies_side_by_side(tmp_path: Path, device: CountingDevice) -> None:
-    path, found = written(tmp_path, "F16", TEXT), []
-    for llm in (opened_on_cpu(path), opened(path)):
-        model = Model("tiny", path, Tokenizer(), llm)
-        batch = model.generate_batch(["abcd", "xy"], raw=True, max_tokens=3, temperature=0)
-        items = {item.index: item for item in batch}
-        assert batch.side_by_side and llm.cache_room > 0
-        found.append([[token.id for token in items[i].tokens] for i in (0, 1)])
-        model.close()
-    assert found[0] == found[1] and not device.held
-
-
-def test_what_goes_and_comes_for_a_token_that_is_sampled_there(
-    tmp_path: Path, device: CountingDevice
-) -> None:
-    """Not the logits."""
-    llm = opened(written(tmp_path, "F16", TEXT))
-    llm.logits_stay = True
-    model = Model("tiny", tmp_path, Tokenizer(), llm)
-    moved = []
-    for _ in model.generate("abc", raw=True, max_tokens=4, temperature=1, seed=1):
-        moved.append((device.up, device.down))
-    ups, downs = np.diff(moved, axis=0)[1:].T
-    assert (ups <= 128).all() and (downs <= 32).all()
-    model.close()

@@ -203,29 +203,32 @@ def weights_of_all_kinds() -> Any:
     arrays = {
         "w": rng.standard_normal((64, 64)), "stack": rng.standard_normal((2, 64, 32)),
         "vector": rng.standard_normal(64), "shared": rng.standard_normal((1, 64)),
-        "given": rng.standard_normal((64, 64)),
+        "given": rng.standard_normal((64, 64)), "factor": rng.standard_normal((1, 64)),
     }  # fmt: skip
     weights = [numpy_helper.from_array(a.astype(np.float32), name) for name, a in arrays.items()]
     nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
         helper.make_node("Add", ["a", "shared"], ["b"]),
         helper.make_node("Concat", ["b", "shared"], ["c"], axis=0),
+        helper.make_node("Gemm", ["z", "factor"], ["g"]),
+        helper.make_node("Mul", ["b", "factor"], ["h"]),
         helper.make_node("MatMul", ["b", "stack"], ["d"]),
         helper.make_node("MatMul", ["b", "vector"], ["e"]),
         helper.make_node("MatMul", ["b", "given"], ["f"]),
     ]
-    outputs = [value(name, shape=None) for name in ("b", "c", "d", "e", "f", "given")]
-    return make(nodes, [value("x", shape=("n", 64))], outputs, weights)
+    outputs = [value(name, shape=None) for name in ("b", "c", "d", "e", "f", "g", "h", "given")]
+    inputs = [value("x", shape=("n", 64)), value("z", shape=("n", 1))]
+    return make(nodes, inputs, outputs, weights)
 
 
 @pytest.mark.parametrize("cuda", ["all", "auto"])
 def test_weights_that_are_read_in_other_ways(cuda: str, use: Callable[..., CountingDevice]) -> None:
     use()
-    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    x, z = (np.random.default_rng(1).standard_normal((3, n)).astype(np.float32) for n in (64, 1))
     found = []
     for options in ({}, {"device": "cuda", "cuda": cuda}):
         with Session(weights_of_all_kinds(), precision="exact", **options) as session:
-            found.append([session.run({"x": x}) for _ in range(2)])
+            found.append([session.run({"x": x, "z": z}) for _ in range(2)])
     for ours, theirs in zip(found[1], found[0], strict=True):
         near(list(ours.values()), list(theirs.values()))
 
@@ -235,10 +238,10 @@ def test_outputs_that_stay(use: Callable[..., CountingDevice]) -> None:
     use()
     with Session(weights_of_all_kinds(), device="cuda", cuda="all") as session:
         assert isinstance(session.provider, WholeProvider)
-        x = np.ones((2, 64), np.float32)
-        staying = session.run({"x": x}, ["b"], stay=True)["b"]
+        feeds = {"x": np.ones((2, 64), np.float32), "z": np.ones((2, 1), np.float32)}
+        staying = session.run(feeds, ["b"], stay=True)["b"]
         assert staying.board is session.provider.board and staying.shape == (2, 64)
-        plain = session.run({"x": x}, ["b"])["b"]
+        plain = session.run(feeds, ["b"])["b"]
         np.testing.assert_array_equal(np.asarray(staying), plain)
-        again = session.run({"x": staying}, ["b"])["b"]  # as a feed
-        near([again], [session.run({"x": plain}, ["b"])["b"]], 0)
+        again = session.run({**feeds, "x": staying}, ["b"])["b"]
+        near([again], [session.run({**feeds, "x": plain}, ["b"])["b"]], 0)
