@@ -262,7 +262,8 @@ def _owned(result: Any) -> Any:
     not one yet is waited for."""
     if isinstance(result, np.ndarray):
         return np.array(result) if result.base is not None else result
-    return np.asarray(result) if hasattr(result, "__array__") else result
+    waits = hasattr(result, "__array__") and not _is_slot(result)
+    return np.asarray(result) if waits else result
 
 
 def _is_still_view(
