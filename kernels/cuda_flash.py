@@ -11,12 +11,12 @@ for mma.m16n8k16".
 
 from functools import cache
 
-from .cuda_attention import LOG2E, LOWEST
+from .cuda_attention import LOG2E, LOWEST, capped
 from .cuda_gemm import copy_rows, multiply_twice, make_copy_rows, copy_now, nothing
 from .cuda_kernel import CudaKernel, device
 from .cuda_prims import (
     cuda, exp2, float32, int32, int64, load_f32, load_i64, pack_halves, shared_memory, shuffle_xor,
-    store_f32, store_shared_f16, tanh_fast,
+    store_f32, store_shared_f16,
 )  # fmt: skip
 from .cuda_tensor_prims import (
     commit_copies, load_matrices, load_turned_matrices, multiply_16, wait_all_copies,
@@ -100,7 +100,7 @@ def weigh(score, total, largest, weights, half, position, column, window, softca
             key, o = column + 8 * j + i, 4 * j + 2 * half + i
             value = score[o]
             if softcap > float32(0):
-                value = softcap * tanh_fast(value / softcap) * float32(LOG2E)
+                value = capped(value, softcap) * float32(LOG2E)
             near = window == 0 or key > position - window
             value = value if key <= position and near else float32(LOWEST)
             score[o] = value

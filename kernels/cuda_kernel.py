@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -111,8 +112,9 @@ class CudaKernel:
         if capability < self.since:
             raise ValueError(f"{self.name} needs compute capability {self.since}")
         path = self._cached()
-        if path is not None and path.is_file():
-            return path.read_text()
+        if path is not None:
+            with suppress(FileNotFoundError):
+                return path.read_text()
         text = self._compile()
         if path is not None:
             _keep(path, text)
@@ -131,12 +133,12 @@ class CudaKernel:
         return text.replace(mangled, self.name)
 
     def _cached(self):
-        root = cache_root()
+        """Where its PTX is kept: as compiled code of the file is, which so goes with it."""
+        root, file = cache_root(), Path(self.function.__code__.co_filename)
         if root is None:
             return None
-        source = stamp(Path(self.function.__code__.co_filename))
-        tag = hashlib.sha256(f"{source} {_versions()}".encode()).hexdigest()[:16]
-        return root / "cuda" / f"{self.name}-{tag}.ptx"
+        tag = hashlib.sha256(_versions().encode()).hexdigest()[:16]
+        return root / f"{file.stem}-{stamp(file)}" / f"{self.name}-{tag}.ptx"
 
 
 CUDA_KERNELS = {}
@@ -162,15 +164,22 @@ def _versions():
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for package in ("numba-cuda", "nvidia-nvvm"):
+    for package in ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            found.append(f"{package} of the system")
-    return " ".join(found)
+            found.append(f"no {package}")
+    home = os.environ.get("CUDA_HOME", "")  # where a compiler may be that no package has
+    return " ".join([*found, home, str(os.stat(home).st_mtime_ns) if os.path.isdir(home) else ""])
 
 
 def _keep(path, text):
+    """Write a file whole, if the disk lets it: it is made again otherwise."""
+    with suppress(OSError):
+        _write(path, text)
+
+
+def _write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
     with os.fdopen(handle, "w") as file:

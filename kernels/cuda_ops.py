@@ -18,6 +18,7 @@ from .dtypes import numpy_dtype
 from .indexing import in_range
 
 OWN = "onnxstream_nb"
+MOST_ROWS = 65535  # a grid is no taller
 FLOATS = ("float16", "bfloat16", "float32")
 
 
@@ -172,6 +173,8 @@ def rotary_embedding(rows, x, cos_cache, sin_cache, position_ids=None, *, interl
     tokens, size = math.prod(x.shape) // x.shape[-1], x.shape[-1] // (heads if x.ndim == 3 else 1)
     tokens = tokens if x.ndim == 3 else x.shape[0]
     half = cos_cache.shape[-1]
+    if position_ids is not None and position_ids.size > MOST_ROWS:
+        return None
     if 2 * half != (rotary_embedding_dim or size) or size % 2:
         return None
     caches = [cos_cache, sin_cache]
@@ -194,6 +197,8 @@ def rotary_embedding(rows, x, cos_cache, sin_cache, position_ids=None, *, interl
 @on_gpu("Gather", 0)
 def gather(rows, data, indices, *, axis=0):
     """Rows of a table (V, K), or of (1, ..., T, K) along the last axis but one."""
+    if indices.size > MOST_ROWS:
+        return None
     if isinstance(data, DeviceLookup):
         if axis not in (0, -2):
             return None

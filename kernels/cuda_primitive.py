@@ -104,6 +104,8 @@ def assembly(ir, builder, text, results, values, *, effect=False, memory=False):
     kind = ir.FunctionType(result, [v.type for v in values])
     asm = ir.InlineAsm(kind, text, ",".join(constraints), side_effect=effect)
     value = builder.call(asm, values)
+    if effect:  # what lanes do together is not to be moved to where only some of them come
+        value.attributes.add("convergent")
     if several is None:
         return value if results else None
     return [builder.extract_value(value, i) for i in range(len(results))]

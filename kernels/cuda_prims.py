@@ -292,9 +292,3 @@ def rsqrt(ir, builder, x):
 def square_root(ir, builder, x):
     """The square root of x, correctly rounded."""
     return assembly(ir, builder, "sqrt.rn.f32 $0, $1;", [ir.FloatType()], [x])
-
-
-@primitive("f32", "f32", twin=lambda x: np.tanh(np.float32(x)))
-def tanh_fast(ir, builder, x):
-    """The hyperbolic tangent, within 2 ** -11 of its value (sm_75)."""
-    return assembly(ir, builder, "tanh.approx.f32 $0, $1;", [ir.FloatType()], [x])

@@ -71,9 +71,14 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """A function of the driver: its result, or the error with the driver's own words."""
+        if not getattr(self, "_open", True):  # what it had is gone, and the driver may not notice
+            raise DeviceError(f"{self.name}: {name}: it was closed")
+        return self._unchecked(name, *arguments)
+
+    def _unchecked(self, name: str, *arguments: Any) -> Any:
         if hasattr(self, "_threads") and not hasattr(self._threads, "entered"):
             self._threads.entered = True
-            self._call("cuCtxSetCurrent", self._context)
+            self._unchecked("cuCtxSetCurrent", self._context)
         status, *results = getattr(self._driver, name)(*arguments)
         if int(status):
             _, text = self._driver.cuGetErrorString(status)
@@ -186,10 +191,12 @@ class CudaDevice:
         if not self._open:
             return
         self._open, errors = False, []
+        with suppress(DeviceError):  # what failed was told to who waited for it
+            self._unchecked("cuCtxSynchronize")
         last = [("cuDevicePrimaryCtxRelease", self._device)]
         for undo, handle in [*((undo, it) for (undo, _), it in self._taken.items())][::-1] + last:
             try:
-                self._call(undo, handle)
+                self._unchecked(undo, handle)
             except DeviceError as error:
                 errors.append(error)
         self._taken.clear()

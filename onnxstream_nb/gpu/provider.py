@@ -13,6 +13,7 @@ from .device import ALIGNMENT, Array, Device, DeviceError, DeviceMemoryError, St
 from .lanes import Lanes
 
 RESERVE = 256 << 20  # bytes of the GPU's free memory that are left to its driver and to others
+LARGE = 2 << 20  # bytes of which a driver gives whole multiples, to who asks for that much
 WORK = 1 << 28  # bytes for what goes to products and comes back from them
 
 
@@ -28,7 +29,7 @@ def chosen(refs: Iterable[WeightRef], budget: int) -> list[WeightRef]:
     sizes = {ref.matrix: (_service("DeviceMatrixBytes")(ref), ref) for ref in refs}
     placed, left = [], budget
     for size, ref in sorted(sizes.values(), key=lambda each: -each[0]):
-        taken = size + 2 * ALIGNMENT
+        taken = size + 2 * (ALIGNMENT if size < LARGE else LARGE)  # rows, and scales
         if taken <= left:
             placed.append(ref)
             left -= taken

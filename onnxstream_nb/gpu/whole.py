@@ -133,10 +133,12 @@ class WholeProvider:
         self._tell, self.bytes_in_use = tell, 0
         self._disk = DiskProvider()
         self._placed: dict[Any, Any] = {}
-        self._memory: list[Any] = []
         self._announced: Sequence[WeightRef] = ()
         self._others: list[WeightRef] = []
         try:
+            self._size = placement.nbytes
+            self._arena = self.board.hold(self._size)  # one, for a driver rounds each of many up
+            self._next = self._arena.address
             self._place_all(placement, progress)
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
@@ -161,13 +163,14 @@ class WholeProvider:
                     progress(f"copying weights to {self.board.device.name}", done / whole)
 
     def _hold(self, array: Array) -> int:
-        """The address of a copy that stays."""
-        memory = self.board.hold(array.nbytes)
-        self._memory.append(memory)
-        self.board.upload(memory.address, array)
+        """The address of a copy that stays, behind the others."""
+        address = self._next
+        self._next += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        assert self._next <= self._arena.address + self._size, "weights are what they said to be"
+        self.board.upload(address, array)
         self.board.synchronize()  # the array is not kept
         self.bytes_in_use += array.nbytes
-        return memory.address
+        return address
 
     def _matrix(self, ref: WeightRef) -> Any:
         weight = self._disk.get(ref)
