@@ -120,6 +120,13 @@ def lookup(op_type: str, domain: str, version: int, device: str = "cpu") -> Oper
     return None
 
 
+def internal(name: str) -> Callable[..., Any]:
+    """What the kernels package offers the engine under a name of its own domain."""
+    operator = lookup(name, "onnxstream_nb", 1)
+    assert operator is not None, name
+    return operator.function
+
+
 def register_kernel(name: str, kernel: Any) -> None:
     """Remember a kernel under its name, which must be unique."""
     if name in _KERNELS:

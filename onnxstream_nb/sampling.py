@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DeviceMemoryError, ModelError, UsageError
-from .registry import lookup
+from .registry import internal
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
@@ -152,9 +152,7 @@ class Sampler:
     def _on(self, board: Any) -> Any:
         """What draws on a board (kernels/cuda_sampler.py)."""
         if self._board is not board:
-            found = lookup("DeviceSampler", "onnxstream_nb", 1)
-            assert found is not None
-            self._board, self._device = board, found.function(board, self.params)
+            self._board, self._device = board, internal("DeviceSampler")(board, self.params)
         return self._device
 
     def _next_there(self, logits: Any, recent: Sequence[int]) -> tuple[int, float]:

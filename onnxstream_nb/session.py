@@ -27,7 +27,7 @@ from .loading import choose, choose_reserve, make_provider
 from .lowering import TABLE_BYTES, Replay
 from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan, without
-from .registry import lookup
+from .registry import internal as internal
 from .streaming import StreamProvider
 from .weights import Weight, WeightsProvider, numpy_dtype
 
@@ -41,13 +41,6 @@ IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
 
 Progress = Callable[[str, float | None], None]
 Array = np.ndarray[Any, Any]
-
-
-def internal(name: str) -> Callable[..., Any]:
-    """A service that the kernels package offers the engine."""
-    operator = lookup(name, "onnxstream_nb", 1)
-    assert operator is not None, name
-    return operator.function
 
 
 def decode_constant(ref: WeightRef) -> Array:

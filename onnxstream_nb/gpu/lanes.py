@@ -7,17 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..registry import lookup
+from ..registry import internal
 from .device import Array, Device, DeviceError, DeviceMemoryError, Stream
 
 LANES = 4  # q, k and v at once, or gate and up
 FLOAT = 4
-
-
-def _service(name: str) -> Callable[..., Any]:
-    found = lookup(name, "onnxstream_nb", 1)
-    assert found is not None, name
-    return found.function
 
 
 class Pending:
@@ -130,7 +124,7 @@ class _Lane:
 
     def _enqueue(self, rows: Array, matrix: Any) -> None:
         (m, k), n, device = rows.shape, matrix.shape[1], self._device
-        wide = _service("DevicePadding")(k)
+        wide = internal("DevicePadding")(k)
         scratch = matrix.scratch(m)
         self._grow({"x": FLOAT * m * wide, "half": 2 * m * wide, "y": FLOAT * m * n})
         self._grow({"scratch": scratch})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ..graph import WeightRef
-from ..registry import lookup
+from ..registry import internal
 from ..weights import DiskProvider, WeightsProvider
 from .device import ALIGNMENT, Array, Device, DeviceError, DeviceMemoryError, Stream
 from .lanes import Lanes
@@ -17,16 +17,10 @@ LARGE = 2 << 20  # bytes of which a driver gives whole multiples, to who asks fo
 WORK = 1 << 28  # bytes for what goes to products and comes back from them
 
 
-def _service(name: str) -> Callable[..., Any]:
-    found = lookup(name, "onnxstream_nb", 1)
-    assert found is not None, name
-    return found.function
-
-
 def chosen(refs: Iterable[WeightRef], budget: int) -> list[WeightRef]:
     """The matrices to place within so many bytes: the largest first, for a product with a small one
     is hardly worth the way; one that does not fit leaves its place to smaller ones."""
-    sizes = {ref.matrix: (_service("DeviceMatrixBytes")(ref), ref) for ref in refs}
+    sizes = {ref.matrix: (internal("DeviceMatrixBytes")(ref), ref) for ref in refs}
     placed, left = [], budget
     for size, ref in sorted(sizes.values(), key=lambda each: -each[0]):
         taken = size + 2 * (ALIGNMENT if size < LARGE else LARGE)  # rows, and scales
@@ -100,7 +94,7 @@ class CudaProvider:
             return address
 
         try:
-            self._placed[ref.matrix] = _service("DeviceMatrix")(
+            self._placed[ref.matrix] = internal("DeviceMatrix")(
                 ref, self._disk.get(ref), self.lanes, lambda: self._disk.get(ref), allocate
             )
         except DeviceMemoryError:

@@ -12,19 +12,13 @@ import numpy as np
 
 from ..graph import WeightRef
 from ..plan import Form, Plan
-from ..registry import lookup
+from ..registry import internal
 from ..weights import DiskProvider, WeightsProvider, numpy_dtype
 from .board import Board
 from .device import ALIGNMENT, Array, Device, DeviceError, DeviceMemoryError
 from .slots import DeviceSlots
 
 FLOATS = ("float32", "float16", "bfloat16")
-
-
-def _service(name: str) -> Callable[..., Any]:
-    found = lookup(name, "onnxstream_nb", 1)
-    assert found is not None, name
-    return found.function
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,7 @@ class Placement:
         """The memory that they take; a table that is also a matrix lies there once."""
         whole = {_as_matrix(ref).matrix: _as_matrix(ref) for ref in self.tables.values()}
         whole.update(self.matrices)
-        matrices: int = sum(_service("DeviceMatrixBytes")(ref) for ref in whole.values())
+        matrices: int = sum(internal("DeviceMatrixBytes")(ref) for ref in whole.values())
         vectors = sum(4 * int(np.prod(ref.shape)) for ref in self.vectors.values())
         return matrices + vectors + 2 * ALIGNMENT * (len(whole) + len(self.vectors))
 
@@ -174,19 +168,19 @@ class WholeProvider:
 
     def _matrix(self, ref: WeightRef) -> Any:
         weight = self._disk.get(ref)
-        return _service("DeviceMatrix")(
+        return internal("DeviceMatrix")(
             ref, weight, None, lambda: self._disk.get(ref), self._hold, self.board
         )
 
     def _table(self, ref: WeightRef) -> Any:
         matrix = self._placed.get(_as_matrix(ref).matrix)
-        return _service("DeviceLookup")(
+        return internal("DeviceLookup")(
             ref, matrix or self._matrix(_as_matrix(ref)), lambda: self._disk.get(ref),
             numpy_dtype(ref.dtype),
         )  # fmt: skip
 
     def _vector(self, ref: WeightRef) -> Any:
-        elements = np.ascontiguousarray(_service("Decode")(self._disk.get(ref)), np.float32)
+        elements = np.ascontiguousarray(internal("Decode")(self._disk.get(ref)), np.float32)
         return self.board.array(ref.shape, numpy_dtype(ref.dtype), self._hold(elements))
 
     def slots(self) -> DeviceSlots:
