@@ -16,17 +16,22 @@ from .vector import (
 )  # fmt: skip
 
 ONE_STREAM = host_has("sse4a")
-"""AMD's cores follow one row after the other (Zen 4: 23 GB/s a thread) faster than four side by
-side (18), and fastest when no software prefetch comes between; Intel's want both."""
-AHEAD = 512  # bytes: far enough for a line to arrive, near enough to stay in the first cache
+"""AMD's cores follow one row after the other (Zen 4: 17 GB/s a thread, all that there is) faster
+than some side by side (16), and fastest when no software prefetch comes between; Intel's want
+both."""
+RESIDENT = 16384 if ONE_STREAM else 0
+"""Bytes of x that stay in the first cache beside a row. Where x comes from the second each time, it
+is a second stream that hides the first from the hardware (Zen 4, K = 14336: 12 GB/s a thread, and
+17 with eight rows, for which it comes once)."""
+AHEAD = 384  # bytes: far enough for a line to arrive, near enough to stay in the first cache
 PARTS = 16  # of a matrix in column order, that threads share
 SHORT = 2048  # bytes: a row so short ends before the hardware has noticed that it is read
 
 
 @inline
-def distance(stride):
-    """How far ahead to prefetch rows of `stride` bytes, read four at a time."""
-    return 4 * stride if stride < SHORT else AHEAD
+def distance(stride, together):
+    """How far ahead to prefetch rows of `stride` bytes, `together` of which are read at a time."""
+    return together * stride if stride < SHORT else AHEAD
 
 
 @jit
@@ -51,32 +56,69 @@ def dot(token, row, x, k):
     return total
 
 
-@jit
-def dot4(token, row, stride, x, y, k):
-    """Four rows (4, K) times x (K,) -> (4,) at y; K a multiple of 32."""
+@inline
+def add_four(token, row, stride, g, ahead, x0, x1, sums):
+    """Group g of four rows times that of x, (16,) and (16,), added to `sums`, two of each row."""
+    a0, b0, a1, b1, a2, b2, a3, b3 = sums
     r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
-    a0, a1, a2, a3 = zero(), zero(), zero(), zero()
-    b0, b1, b2, b3 = zero(), zero(), zero(), zero()
-    step, beyond = (stride << 5) // k, distance(stride)
-    for g in range(k >> 5):
-        x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        ahead = g * step + beyond
-        prefetch(row + ahead)
-        low, high = unpack(token, row, g)
-        a0, b0 = fma(low, x0, a0), fma(high, x1, b0)
-        prefetch(r1 + ahead)
-        low, high = unpack(token, r1, g)
-        a1, b1 = fma(low, x0, a1), fma(high, x1, b1)
-        prefetch(r2 + ahead)
-        low, high = unpack(token, r2, g)
-        a2, b2 = fma(low, x0, a2), fma(high, x1, b2)
-        prefetch(r3 + ahead)
-        low, high = unpack(token, r3, g)
-        a3, b3 = fma(low, x0, a3), fma(high, x1, b3)
+    prefetch(row + ahead)
+    low, high = unpack(token, row, g)
+    a0, b0 = fma(low, x0, a0), fma(high, x1, b0)
+    prefetch(r1 + ahead)
+    low, high = unpack(token, r1, g)
+    a1, b1 = fma(low, x0, a1), fma(high, x1, b1)
+    prefetch(r2 + ahead)
+    low, high = unpack(token, r2, g)
+    a2, b2 = fma(low, x0, a2), fma(high, x1, b2)
+    prefetch(r3 + ahead)
+    low, high = unpack(token, r3, g)
+    a3, b3 = fma(low, x0, a3), fma(high, x1, b3)
+    return a0, b0, a1, b1, a2, b2, a3, b3
+
+
+@inline
+def nothing():
+    """The sums of four rows before the first group."""
+    return zero(), zero(), zero(), zero(), zero(), zero(), zero(), zero()
+
+
+@inline
+def store_four(sums, y):
+    """The sums of four rows -> (4,) at y."""
+    a0, b0, a1, b1, a2, b2, a3, b3 = sums
     poke_f32(y, sum_lanes(add(a0, b0)))
     poke_f32(y + 4, sum_lanes(add(a1, b1)))
     poke_f32(y + 8, sum_lanes(add(a2, b2)))
     poke_f32(y + 12, sum_lanes(add(a3, b3)))
+
+
+@jit
+def dot4(token, row, stride, x, y, k):
+    """Four rows (4, K) times x (K,) -> (4,) at y; K a multiple of 32."""
+    sums = nothing()
+    step, beyond = (stride << 5) // k, distance(stride, 4)
+    for g in range(k >> 5):
+        x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
+        sums = add_four(token, row, stride, g, g * step + beyond, x0, x1, sums)
+    store_four(sums, y)
+
+
+@jit
+def dot8(token, row, stride, x, y, k):
+    """Eight rows (8, K) times x (K,) -> (8,) at y; K a multiple of 32."""
+    first, last = nothing(), nothing()
+    step, beyond = (stride << 5) // k, distance(stride, 8)
+    for g in range(k >> 5):
+        x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
+        ahead = g * step + beyond
+        first = add_four(token, row, stride, g, ahead, x0, x1, first)
+        last = add_four(token, row + 4 * stride, stride, g, ahead, x0, x1, last)
+    store_four(first, y)
+    store_four(last, y + 16)
+
+
+dot_rows, TOGETHER = (dot8, 8) if host_has("avx512f") else (dot4, 4)
+"""As many rows side by side as there are registers for."""
 
 
 @jit
@@ -86,14 +128,14 @@ def rows(token, args, thread, threads):
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
         arg(args, 6), arg(args, 7), arg(args, 8),
     )  # fmt: skip
-    start, stop = share(n, 4, thread, threads)
+    start, stop = share(n, TOGETHER, thread, threads)
     last = start
-    if k & 31 == 0 and not ONE_STREAM:
-        last = start + (stop - start) // 4 * 4
-        for i in range(start, last, 4):
+    if k & 31 == 0 and 4 * k > RESIDENT:
+        last = start + (stop - start) // TOGETHER * TOGETHER
+        for i in range(start, last, TOGETHER):
             for v in range(m):
                 out = y + y_step * v + 4 * i
-                dot4(token, weights + stride * i, stride, x + x_step * v, out, k)
+                dot_rows(token, weights + stride * i, stride, x + x_step * v, out, k)
     for i in range(last, stop):
         for v in range(m):
             value = dot(token, weights + stride * i, x + x_step * v, k)

@@ -44,6 +44,26 @@ def test_every_encoding_order_and_odd_size(
                 assert_product(matmul(x[:m], weight), x[:m], dense, encoding)
 
 
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("encoding", [e for e, transposed in ORDERS if transposed and e != "uint8"])
+def test_rows_longer_than_the_first_cache_has_room_for(
+    encoding: str, threads: int, rng: np.random.Generator
+) -> None:
+    """Read several at a time, where shorter ones may be read singly; 37 are whole blocks of them
+    and some more. Each vector alone gives the same bits, and each number of threads."""
+    set_threads(threads)
+    for k in (4096, 5632, 6400 if "_k" in encoding else 5664):
+        x = normal(rng, 3, k)
+        weight, dense = random_weight(encoding, k, 37, rng, True)
+        y = matmul(x, weight)
+        assert_product(y, x, dense, encoding)
+        for row in range(3):
+            assert np.array_equal(matmul(x[row : row + 1], weight), y[row : row + 1])
+        set_threads(1)
+        assert np.array_equal(matmul(x, weight), y)
+        set_threads(threads)
+
+
 @pytest.fixture
 def fast() -> Iterator[None]:
     set_precision("fast")
