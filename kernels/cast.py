@@ -6,9 +6,10 @@ Dims: any shape (...), which the result has too.
 import numpy as np
 
 from ..registry import op
+from .angles import int64_to_float
 from .buffers import contiguous
 from .dtypes import numpy_dtype
-from .mapping import SMALL, map_unary
+from .mapping import SMALL, map_unary, unary_rows
 from .pointwise import float_to_half, half_to_float
 
 
@@ -54,16 +55,24 @@ def convert(x, dtype, saturate=1, round_mode="up"):
         return contiguous(x, dtype)
 
 
-USES = ("half_to_float", "float_to_half")
+USES = ("half_to_float", "float_to_half", "int64_to_float")
 
 
-@op("Cast", since=6, uses=USES)
+def lower_cast(x, *, to, saturate=1, round_mode="up"):
+    """x (...), contiguous int64, to float32: positions."""
+    is_known = isinstance(x, np.ndarray) and x.dtype == np.int64 and x.flags.c_contiguous
+    if not is_known or numpy_dtype(to) != np.float32:
+        return None
+    return unary_rows(int64_to_float, x)
+
+
+@op("Cast", since=6, uses=USES, lower=lower_cast)
 def cast_6(x, *, to):
     """x (...) -> (...) of the type with that number."""
     return convert(x, numpy_dtype(to))
 
 
-@op("Cast", since=19, uses=USES)
+@op("Cast", since=19, uses=USES, lower=lower_cast)
 def cast(x, *, to, saturate=1, round_mode="up"):
     """x (...) -> (...) of the type with that number."""
     return convert(x, numpy_dtype(to), saturate, round_mode)

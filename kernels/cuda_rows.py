@@ -25,6 +25,7 @@ class DeviceRows:
     """
 
     swift = True  # nobody needs to stop it half-way
+    fetch = None
 
     def __init__(self, board, host=None):
         self.board, self.host = board, host

@@ -90,3 +90,18 @@ def decode_q5_k(args, thread, threads):
 def decode_q6_k(args, thread, threads):
     """(V, K) q6_k -> (N, K) float32: all rows, or those that `ids` names."""
     decode(Q6_K, args, thread, threads)
+
+
+@kernel
+def pick_rows(args, thread, threads):
+    """(V, K) float32, ids (N,) int64 -> (N, K): rows by number, a negative one from the end.
+
+    args: table, out, N, K, ids, V. Numbers out of range pick some row: who calls it looks at them.
+    """
+    table, out, n, k = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    ids, rows = arg(args, 4), arg(args, 5)
+    start, stop = share(n, 1, thread, threads)
+    for i in range(start, stop):
+        row = peek_i64(ids + 8 * i)
+        row = max(0, min(row + rows if row < 0 else row, rows - 1))
+        decode_row(FLOAT32, table + 4 * k * row, out + 4 * k * i, 0, k)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 
 from ..registry import op
+from .angles import cosine_f32, sine_f32
 from .buffers import computed
 from .dtypes import numeric
 from .lowered import plain
@@ -54,6 +55,11 @@ for _name, _kernel, _function, _much in (
         mapped(_kernel, _function, _much)
     )
 
+for _name, _kernel, _function in (("Cos", cosine_f32, np.cos), ("Sin", sine_f32, np.sin)):
+    op(_name, since=7, uses=(_kernel.name,), lower=lower_unary(_kernel))(
+        mapped(_kernel, _function, 0)
+    )
+
 
 def _single(function):
     def run(x):
@@ -66,8 +72,8 @@ def _single(function):
 for _name, _since, _function in (
     ("Abs", 6, np.abs), ("Acos", 7, np.arccos), ("Acosh", 9, np.arccosh), ("Asin", 7, np.arcsin),
     ("Asinh", 9, np.arcsinh), ("Atan", 7, np.arctan), ("Atanh", 9, np.arctanh),
-    ("Ceil", 6, np.ceil), ("Cos", 7, np.cos), ("Cosh", 9, np.cosh), ("Floor", 6, np.floor),
-    ("Log", 6, np.log), ("Round", 11, np.rint), ("Sign", 9, np.sign), ("Sin", 7, np.sin),
+    ("Ceil", 6, np.ceil), ("Cosh", 9, np.cosh), ("Floor", 6, np.floor),
+    ("Log", 6, np.log), ("Round", 11, np.rint), ("Sign", 9, np.sign),
     ("Sinh", 9, np.sinh), ("Softplus", 1, lambda x: np.logaddexp(x, x.dtype.type(0))),
     ("Softsign", 1, lambda x: x / (1 + np.abs(x))), ("Tan", 7, np.tan),
     ("HardSwish", 14, lambda x: x * np.clip(x / 6 + 0.5, 0, 1)),

@@ -3,11 +3,17 @@
 Dims: data of R axes, indices of Q axes; an index may be negative and counts from the end then.
 """
 
+import math
+from functools import partial
+
 import numpy as np
 
 from ..errors import ShapeError
-from ..registry import op
+from ..registry import kernels, op
 from .buffers import SMALL, empty
+from .decode import pick_rows
+from .lowered import Rows, plain
+from .mapping import SMALL as SMALL_PART
 from .shape import ints
 from .weight import USES, decode, decode_rows, is_plain
 
@@ -15,13 +21,57 @@ from .weight import USES, decode, decode_rows, is_plain
 def in_range(name, indices, size, axis):
     """The indices as int64 from 0 on; an error that names one that is outside."""
     indices = np.asarray(indices, np.int64)
-    if indices.size and (indices.min() < -size or indices.max() >= size):
+    one = indices.size == 1  # a token's: NumPy takes longer than the row that is looked up
+    low = 0 if not indices.size else indices.item() if one else indices.min()
+    if low < -size or (indices.size and (low if one else indices.max()) >= size):
         wrong = indices[(indices < -size) | (indices >= size)].flat[0]
         raise ShapeError(f"{name}: index {wrong} is out of range for axis {axis} of size {size}")
-    return np.where(indices < 0, indices + size, indices)
+    return np.where(indices < 0, indices + size, indices) if low < 0 else indices
 
 
-@op("Gather", since=1, native=("data",), lookups=("data",), uses=USES)
+def _lower_lookup(data, indices, axis):
+    """One row of a table (C, K) as it is stored: it is read or copied, then decoded."""
+    is_table = axis == 0 and len(data.shape) == 2 and not data.transposed and not data.packed
+    if not is_table or indices.size != 1 or data.dtype != np.float32:
+        return None
+    kernel, nbytes = kernels().get(f"decode_{data.encoding}"), data.row_bytes
+    is_here = data.buffer.size == data.shape[0] * nbytes
+    if kernel is None or data.encoding == "uint8" or not (is_here or data.read_row):
+        return None
+    row, out = np.empty(nbytes, np.uint8), empty((*indices.shape, data.shape[1]))
+    rows = data.shape[0]
+
+    def fetch():
+        i = in_range("Gather", indices, rows, axis).item()
+        if is_here:
+            row[:] = data.buffer[nbytes * i : nbytes * (i + 1)]
+        else:
+            data.read_row(i, row)
+
+    call = (kernel, row.ctypes.data, nbytes, out.ctypes.data, 1, data.shape[1], 0)
+    return Rows((out,), [call], serial=True, keep=(row, indices), fetch=fetch)
+
+
+def lower_gather(data, indices, *, axis=0):
+    """Rows of data (1, ..., C, ...), contiguous float32, by int64 indices; or a row of a table."""
+    if not isinstance(data, np.ndarray):
+        return _lower_lookup(data, indices, axis % len(data.shape))
+    if not plain(data) or indices.dtype != np.int64 or not indices.flags.c_contiguous:
+        return None
+    axis = axis % data.ndim
+    lead, size, width = data.shape[:axis], data.shape[axis], math.prod(data.shape[axis + 1 :])
+    if math.prod(lead) != 1 or not size:
+        return None
+    out = empty((*lead, *indices.shape, *data.shape[axis + 1 :]))
+    call = (pick_rows, data.ctypes.data, out.ctypes.data, indices.size, width, indices.ctypes.data)
+    return Rows(
+        (out,), [(*call, size)], serial=out.size < SMALL_PART, keep=(data, indices),
+        check=partial(in_range, "Gather", indices, size, axis),
+    )  # fmt: skip
+
+
+@op("Gather", since=1, native=("data",), lookups=("data",), uses=(*USES, "pick_rows"),
+    lower=lower_gather)  # fmt: skip
 def gather(data, indices, *, axis=0):
     """data (..., C, ...), indices (...) -> data's shape with C replaced by the indices' shape."""
     axis = axis % len(data.shape)

@@ -7,6 +7,7 @@ arrays of its own. A table of such rows can be run again when the inputs' elemen
 and for the next position of a cache: `growth` says which arguments then move, and by how much.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,9 @@ class Rows:
     """Outputs, the calls (kernel, *arguments) that fill them, and what keeps their memory alive.
 
     `growth` lists (call, argument, increment a position). A `serial` operator is too small to be
-    shared between threads. What is `swift` is done before anybody can want to stop it.
+    shared between threads. What is `swift` is done before anybody can want to stop it. `fetch`
+    brings what they read from elsewhere, before the table that they are in begins; `check` raises
+    when what they read was wrong, which is looked at after them.
     """
 
     outputs: tuple
@@ -31,6 +34,8 @@ class Rows:
     growth: tuple = ()
     serial: bool = False
     keep: tuple = ()
+    fetch: Callable[[], object] | None = None
+    check: Callable[[], object] | None = None
     swift = False
 
     @staticmethod
@@ -40,7 +45,11 @@ class Rows:
 
     def run(self):
         """Run the calls now; the outputs, alone when there is one."""
+        if self.fetch is not None:
+            self.fetch()
         team().run(self.calls, self.serial)
+        if self.check is not None:
+            self.check()
         return self.outputs[0] if len(self.outputs) == 1 else self.outputs
 
 
@@ -58,6 +67,8 @@ class Table:
         calls = [call for part in parts for call in part.calls]
         self._functions = [function for function, *_ in calls]
         self._parts = list(parts)
+        self._fetches = [part.fetch for part in parts if part.fetch is not None]
+        self._checks = [part.check for part in parts if part.check is not None]
         self._lines = np.zeros((len(calls), COLUMNS), np.int64)
         fill_table(self._lines, calls)
         where, first = [], 0
@@ -70,8 +81,12 @@ class Table:
 
     def run(self, offset):
         """Run it, `offset` positions after the one for which the rows were made."""
+        for fetch in self._fetches:
+            fetch()
         self._lines[self._rows, self._columns] = self._start + self._steps * offset
         team().run_table(self._lines, self._functions)
+        for check in self._checks:
+            check()
 
 
 @op("Table", domain="onnxstream_nb")

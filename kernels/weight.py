@@ -34,7 +34,7 @@ def decode_rows(weight, ids=None):
         rows = weight.read_rows(range(n) if ids is None else ids)
         address, where = rows.ctypes.data, 0
     kernel = kernels()[f"decode_{weight.encoding}"]
-    launch(kernel, address, weight.row_bytes, out.ctypes.data, n, k, where)
+    launch(kernel, address, weight.row_bytes, out.ctypes.data, n, k, where, serial=n == 1)
     if weight.encoding == "uint8":
         out -= np.float32(weight.zero_point)
         out *= np.float32(weight.scale)

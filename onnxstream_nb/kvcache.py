@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import cast
@@ -68,15 +68,16 @@ class KVCache:
         spilled = [tuple(cast(SpilledSlot, self.slots[name]) for name in pair) for pair in on_disk]
         for (keys, _), following in zip(spilled, spilled[1:] + spilled[:1], strict=True):
             keys.following = following[0].with_values(following[1])
+        self._rooms = _filled_together(self.slots.values())
 
     @property
     def length(self) -> int:
         """Positions that all slots hold; ValueError when set beyond what they have room for."""
-        return min((s.length for s in self.slots.values()), default=0)
+        return min((room.length for room in self._rooms), default=0)
 
     @length.setter
     def length(self, length: int) -> None:
-        for slot in self.slots.values():
+        for slot in self._rooms:
             if length > slot.capacity:
                 raise ValueError(f"{length} positions are not in a cache of {slot.capacity}")
             slot.length = length
@@ -94,9 +95,20 @@ class KVCache:
     def close(self) -> None:
         """Let go of memory and disk."""
         self.slots.clear()
+        self._rooms.clear()
         if self.file is not None:
             self.file.close()
             self.file = None
+
+
+def _filled_together(slots: Iterable[Slot | ArraySlot]) -> list[Slot | ArraySlot]:
+    """Those to set the length of, when all are as long: Attention's slots of one capacity share
+    what they are filled to; the others append to themselves."""
+    first: dict[object, Slot | ArraySlot] = {}
+    for slot in slots:
+        alike = first.setdefault(slot.capacity if isinstance(slot, Slot) else id(slot), slot)
+        slot.fill = alike.fill
+    return list(first.values())
 
 
 def bytes_per_position(graph: Graph, pairs: Sequence[CachePair], encoding: str = "f16") -> int:

@@ -9,6 +9,7 @@ import copy
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -47,32 +48,46 @@ def zeroed(nbytes: int) -> Array:
     return np.frombuffer(memory, np.uint8)[:nbytes]
 
 
+@dataclass(slots=True)
+class Fill:
+    """How many positions count, and the most that ever did: of a slot, or of several that are
+    filled together."""
+
+    length: int = 0
+    most: int = 0
+
+
 class Room:
     """Room for `capacity` positions, `room_bytes` large, of which the first `length` count.
 
     A run writes behind them and leaves `length` alone: what it wrote counts when the caller says
-    so, who may also set it back.
+    so, who may also set it back. It does so for all slots that share a `fill`.
     """
 
     on_disk = False
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.room_bytes = self._length = self._most = 0
+        self.capacity, self.fill = capacity, Fill()
+        self.room_bytes = 0
 
     @property
     def length(self) -> int:
         """Positions that count."""
-        return self._length
+        return self.fill.length
 
     @length.setter
     def length(self, length: int) -> None:
-        self._length, self._most = length, max(length, self._most)
+        self.fill.length, self.fill.most = length, max(length, self.fill.most)
+
+    @property
+    def fills(self) -> tuple[Fill, ...]:
+        """Its own: of a group, those of its slots."""
+        return (self.fill,)
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes now: of the most positions that it ever held, in whole blocks."""
-        blocks = -(-self._most // BLOCK)
+        blocks = -(-self.fill.most // BLOCK)
         return self.room_bytes // max(1, self.capacity) * min(self.capacity, BLOCK * blocks)
 
     def reserve(self, length: int) -> None:
@@ -131,7 +146,7 @@ class Slot(Room):
     def advanced(self, length: int) -> Self:
         """The same memory with `length` positions: a present beside its past."""
         present = copy.copy(self)
-        present.length = length
+        present.fill = Fill(length, max(length, self.fill.most))
         return present
 
     def in_memory(self) -> KVSlot:
@@ -228,6 +243,11 @@ class SlotGroup:
     def places(self) -> tuple[tuple[int, int], ...]:
         """(length, capacity) of each sequence."""
         return tuple((slot.length, slot.capacity) for slot, _ in self.parts)
+
+    @property
+    def fills(self) -> tuple[Fill, ...]:
+        """Those of its slots."""
+        return tuple(slot.fill for slot, _ in self.parts)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

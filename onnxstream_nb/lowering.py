@@ -90,25 +90,28 @@ class Replay:
         self._previous = previous or {}
         self._argument = argument
         self._is_lasting = is_lasting
-        self._feeds = {v.name: values[v.name] for v in plan.graph.inputs}
-        self._slots = [f for f in self._feeds.values() if _is_slot(f)]
+        feeds = {v.name: values[v.name] for v in plan.graph.inputs}
+        self.slots = {name: feed for name, feed in feeds.items() if _is_slot(feed)}
+        self._arrays = {n: feed for n, feed in feeds.items() if n not in self.slots}
+        self._rooms = list({_fills(slot): slot for slot in self.slots.values()}.values())
         self._base = self._places()
-        self.tokens: int = self._slots[0].tokens if self._slots else 1
+        self.tokens: int = self._rooms[0].tokens if self._rooms else 1
         self._replayable = True  # a present's length is recorded: who reads it must run plainly
         entries = [self._record(plan, step, stop) for step in plan.steps]
         self._fixed = _read_by_tables(entries, plan)
         self._parts = list(self._make_parts(entries, plan, make_table))
 
     def _places(self) -> list[tuple[int, int]]:
-        """(length, capacity) of all sequences in all slots."""
-        return [place for slot in self._slots for place in slot.places]
+        """(length, capacity) of all sequences, once where slots are filled together."""
+        return [place for slot in self._rooms for place in slot.places]
 
     def _record(self, plan: Plan, step: Step, stop: threading.Event | None) -> _Entry:
         """Run one step, lowered where that is possible."""
         if stop is not None and stop.is_set():
             raise Interrupted("the run was stopped")
         arguments = [self._argument(self.values, name, form) for name, form in step.inputs]
-        self._replayable &= not any(_is_slot(a) and a not in self._slots for a in arguments)
+        own = self.slots.values()
+        self._replayable &= not any(_is_slot(a) and a not in own for a in arguments)
         still = not any(self._varies(name) or self._comes(name, f) for name, f in step.inputs)
         rows = None
         if step.operator.lower and still and all(map(self._is_lasting, step.weights)):
@@ -151,7 +154,8 @@ class Replay:
             changing = _changing(entry.step, plan)
             follows = not computed.isdisjoint(changing)
             if entry.rows is not None:
-                if pending and type(pending[0]) is not type(entry.rows):
+                waits = follows and entry.rows.fetch is not None
+                if pending and (waits or type(pending[0]) is not type(entry.rows)):
                     yield make_table(pending)
                     pending, read = [], 0
                 pending.append(entry.rows)
@@ -185,25 +189,26 @@ class Replay:
 
         The presents that were recorded are those of one position: whoever wants them runs plainly.
         """
-        if feeds.keys() != self._feeds.keys():
-            return False
         if any(_is_slot(self.values.get(name)) for name in wanted):
             return False
-        for name, known in self._feeds.items():
-            if _is_slot(known):
-                if feeds[name] is not known:
-                    return False
-            elif name in self._fixed and not _same_kind(known, feeds[name]):
-                return False
+        if any(feeds.get(name) is not slot for name, slot in self.slots.items()):
+            return False
         places = self._places()
-        moved = {now - then for (now, _), (then, _) in zip(places, self._base, strict=True)}
-        return len(moved) <= 1 and all(length < capacity for length, capacity in places)
+        moved = [now - then for (now, _), (then, _) in zip(places, self._base, strict=True)]
+        longer = moved[0] if moved else 0  # than a mask was
+        for name, known in self._arrays.items():
+            feed = feeds[name]
+            follows = name not in self._fixed and feed.size == known.size + longer
+            if not (_same_kind(known, feed) or follows):
+                return False
+        roomy = all(length < capacity for length, capacity in places)
+        return roomy and all(by == longer for by in moved)
 
     def run(self, feeds: Mapping[str, Any], stop: threading.Event | None) -> bool:
         """Replay it for these feeds; False when it turns out that they do not fit after all."""
-        offset = self._slots[0].places[0][0] - self._base[0][0] if self._slots else 0
-        for name, known in self._feeds.items():
-            if name in self._fixed and not _is_slot(known):
+        offset = self._rooms[0].places[0][0] - self._base[0][0] if self._rooms else 0
+        for name, known in self._arrays.items():
+            if name in self._fixed:
                 np.copyto(known, feeds[name])
             else:
                 self.values[name] = feeds[name]
@@ -246,6 +251,11 @@ def _changing(step: Step, plan: Plan) -> list[str]:
 
 def _is_slot(value: Any) -> bool:
     return hasattr(value, "reserve")
+
+
+def _fills(slot: Any) -> Any:
+    """What says how far a slot is filled, which it may share with others; else itself."""
+    return tuple(map(id, getattr(slot, "fills", (slot,))))
 
 
 def _same_kind(place: Any, value: Any) -> bool:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -136,8 +135,7 @@ class Session:
         self.chunk, self._has_budget = holding.chunk, ram is not None
         self._lock, self._closed = threading.Lock(), False
         self._declared = {value.name: value for value in self.graph.inputs}
-        self._accepted: WeakValueDictionary[str, Any] = WeakValueDictionary()  # slots, by input
-        self._replay: Replay | None = None
+        self._bind(None)
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
         self._arena, self._decode = internal("Arena")(), internal("Decode")
         self._set_threads, self._set_precision = internal("Threads"), internal("Precision")
@@ -209,9 +207,9 @@ class Session:
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-            if self._has_budget:
-                self._arena.trim_unused()
-            self._arena.trim(IDLE)
+                if self._has_budget:
+                    self._arena.trim_unused()
+                self._arena.trim(IDLE)
             return self._results(values, wanted, feeds, stay)
 
     def _replayed(
@@ -222,16 +220,16 @@ class Session:
         The first run for one token over a cache is recorded, or for one token each of several
         sequences.
         """
-        tokens = _next_tokens(feeds)
-        if trace.current() is not None or not self._is_recorded(tokens):
-            return None
         known = self._replay
+        if trace.current() is not None:
+            return None
         if known is not None and known.fits(feeds, wanted):
             if known.run(feeds, stop):
                 return known.values
-            self._replay = None
+            self._bind(None)
             self._recordings_left -= 1
-        if self._recordings_left == 0:
+        tokens = _next_tokens(feeds)
+        if self._recordings_left == 0 or not self._is_recorded(tokens):
             return None
         own = {n: f.copy() if isinstance(f, np.ndarray) else f for n, f in feeds.items()}
         values = {**self.plan.constants, **own}
@@ -239,8 +237,17 @@ class Session:
             self.plan, values, self._argument, internal("Table"), self._is_lasting, stop,
             previous=known.values if known is not None and known.tokens == tokens else None,
         )  # fmt: skip
-        self._replay = replay if replay.lowered else None
+        self._bind(replay if replay.lowered else None)
         return values
+
+    def _bind(self, replay: Replay | None) -> None:
+        """What the next tokens are replayed by, and its slots that may have any length."""
+        self._replay, slots = replay, replay.slots if replay is not None else {}
+        self._accepted = {
+            name: slot
+            for name, slot in slots.items()
+            if _grows(self._declared[name], getattr(slot, "axis", 2))
+        }
 
     def _is_recorded(self, tokens: int) -> bool:
         """Whether runs for so many next tokens are recorded. Several take memory for all that is
@@ -316,7 +323,8 @@ class Session:
     def close(self) -> None:
         """Let go of files and memory; running it afterwards is a UsageError."""
         with self._lock:
-            self._closed, self._replay = True, None
+            self._closed = True
+            self._bind(None)
             getattr(self.provider, "close", lambda: None)()
             self._arena.trim()
 
@@ -379,23 +387,20 @@ def _thread_count(threads: int | None) -> int:
 def _checked_feeds(
     declared: Mapping[str, Value],
     feeds: Mapping[str, Any],
-    accepted: WeakValueDictionary[str, Any],
+    accepted: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The feeds as arrays of the declared types; slots pass as they are, and once `accepted`
-    unseen: of theirs, only the length ever changes."""
-    unknown = [name for name in feeds if name not in declared]
-    missing = [name for name in declared if name not in feeds]
-    if unknown or missing:
-        names = ", ".join(declared)
+    """The feeds as arrays of the declared types; slots pass as they are, and those that were
+    `accepted` unseen: of theirs, only the length ever changes."""
+    if feeds.keys() != declared.keys():
+        unknown = [name for name in feeds if name not in declared]
+        missing = [name for name in declared if name not in feeds]
         problem = f"unknown {unknown}" if unknown else f"missing {missing}"
+        names = ", ".join(declared)
         raise ShapeError(f"feeds: {problem}; the model's inputs are {names}")
-    checked = {}
+    checked = dict(feeds)
     for name, feed in feeds.items():
         if accepted.get(name) is not feed:
-            feed = _checked(declared[name], feed)
-            if hasattr(feed, "reserve") and _grows(declared[name], getattr(feed, "axis", 2)):
-                accepted[name] = feed
-        checked[name] = feed
+            checked[name] = _checked(declared[name], feed)
     return checked
 
 

@@ -23,13 +23,14 @@ class Weight:
     `shape` is logical; with `transposed` the bytes hold rows of the last-but-one logical axis.
     `row_bytes` is the length of one stored row, of a packed weight that of a panel of 16 rows
     (kernels/panels.py). `buffer` is a flat uint8 array. Of a weight that is left in its
-    file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty. The bytes
+    file, `read_rows` reads rows (M,) as (M, row_bytes) uint8, and the buffer is empty; `read_row`,
+    if there is one, reads a row into memory (row_bytes,) uint8 and keeps no other. The bytes
     of a weight in parts lie one part behind the other. A tile of a larger weight holds its stored
     rows from number `first` on. One that is `lasting` stays where it is while its provider is open.
     """
 
     __slots__ = (
-        "address", "buffer", "first", "lasting", "read_rows", "ref", "row_bytes",
+        "address", "buffer", "first", "lasting", "read_row", "read_rows", "ref", "row_bytes",
     )  # fmt: skip
     in_tiles = False
 
@@ -39,11 +40,12 @@ class Weight:
         buffer: np.ndarray[Any, Any],
         read_rows: Callable[[Iterable[int]], np.ndarray[Any, Any]] | None = None,
         *,
+        read_row: Callable[[int, np.ndarray[Any, Any]], None] | None = None,
         lasting: bool = False,
     ) -> None:
         self.ref = ref
         self.buffer = buffer
-        self.read_rows = read_rows
+        self.read_rows, self.read_row = read_rows, read_row
         self.address = int(buffer.ctypes.data)
         rows = 1
         for n in ref.stored_shape[:-1]:

@@ -102,6 +102,18 @@ class DiskProvider:
         """A weight that stays in its file: only the rows that are looked up are read."""
         return Weight(ref, np.empty(0, np.uint8), partial(self._rows, ref))
 
+    def lasting_table(self, ref: WeightRef) -> Weight:
+        """The same for whoever waits for a row until it comes: it is read where it is wanted."""
+        if ref.parts or isinstance(ref.source, bytes):
+            return self.table(ref)
+        each = ref.nbytes // math.prod(ref.stored_shape[:-1])
+
+        def read_row(i: int, place: np.ndarray[Any, Any]) -> None:
+            self.read_into(ref, each * i, place)
+
+        rows = partial(self._rows, ref)
+        return Weight(ref, np.empty(0, np.uint8), rows, read_row=read_row, lasting=True)
+
     def _rows(self, ref: WeightRef, ids: Iterable[int]) -> np.ndarray[Any, Any]:
         if ref.parts:
             wanted = [int(i) for i in ids]
@@ -231,7 +243,7 @@ class RamProvider:
     def get(self, ref: WeightRef) -> Weight:
         buffer = self._kept.get(ref.key)
         if buffer is None and ref.matrix in self._tables:
-            return self._disk.table(ref)
+            return self._disk.lasting_table(ref)
         if buffer is None:
             buffer = self._kept[ref.key] = self._disk.get(ref).buffer
         return Weight(ref, buffer, lasting=True)

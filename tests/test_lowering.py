@@ -15,9 +15,10 @@ from llama_oracle import Tiny
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import make, value
 
-from onnxstream_nb.errors import Interrupted
+from onnxstream_nb.errors import Interrupted, ShapeError
 from onnxstream_nb.formats import load_bytes
 from onnxstream_nb.graph import Graph
+from onnxstream_nb.kernels.lowered import Table
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.packing import PackedProvider
 
@@ -224,3 +225,75 @@ def test_views_between_rows_stay_inside_a_table(tmp_path: Path, architecture: st
     assert is_replaying(fast)
     replay = fast.session._replay
     assert replay is not None and sum(hasattr(p, "step") for p in replay._parts) <= 6
+
+
+@pytest.mark.parametrize("encoding", ["F32", "F16", "Q8_0"])
+def test_a_token_of_a_model_in_memory_is_one_table(encoding: str, tmp_path: Path) -> None:
+    """With the row of the embedding, which is read from its file, and the positions' angles."""
+    write_gguf(tmp_path / "tiny.gguf", Tiny(tied=True), encoding)
+    fast, slow = (LanguageModel(tmp_path / "tiny.gguf", load="ram", threads=2) for _ in range(2))
+    slow.session._recordings_left = 0
+    for mine, reference in zip(tokens(fast, 12), tokens(slow, 12), strict=True):
+        same(mine, reference)
+    assert fast.session._replay is not None and slow.session._replay is None
+    assert [type(part) for part in fast.session._replay._parts] == [Table]
+
+
+def test_an_id_that_no_row_has_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", Tiny(), "F32")
+    model, reference = (LanguageModel(tmp_path / "tiny.gguf", load="ram") for _ in range(2))
+    for each in (model, reference):
+        tokens(each, 3)
+    for wrong in (1_000_000, -1_000_000):
+        with pytest.raises(ShapeError, match=f"index {wrong} is out of range"):
+            model.feed([wrong])
+    assert len(model.tokens) == model._cache.length == len(IDS) + 3
+    same(model.feed([9]), reference.feed([9]))
+    assert is_replaying(model)
+
+
+def computed_ids_graph(path: Path) -> None:
+    """Logits are the row of a table, and of an array, that a step of Python's between tables picks:
+    half of the id, and the last row but that."""
+    table = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    node, past = helper.make_node, [1, 1, "past", 32]
+    model = make(
+        [
+            node("Cast", ["input_ids"], ["float"], to=TensorProto.FLOAT),
+            node("Mul", ["float", "half"], ["halves"]),
+            node("Cast", ["halves"], ["ids"], to=TensorProto.INT64),
+            node("Gather", ["table", "ids"], ["x"]),
+            node("Attention", ["x", "x", "x", "", "past_key_values.0.key",
+                               "past_key_values.0.value"],
+                 ["y", "present.0.key", "present.0.value"],
+                 q_num_heads=1, kv_num_heads=1, is_causal=1),
+            node("Neg", ["halves"], ["minus"]),
+            node("Cast", ["minus"], ["back"], to=TensorProto.INT64),
+            node("Sub", ["back", "one"], ["last"]),
+            node("Transpose", ["y"], ["columns"], perm=[0, 2, 1]),
+            node("Gather", ["columns", "last"], ["picked"], axis=1),
+            node("Add", ["picked", "x"], ["logits"]),
+        ],
+        [value("input_ids", TensorProto.INT64, [1, "t"]),
+         value("past_key_values.0.key", shape=past), value("past_key_values.0.value", shape=past)],
+        [value("logits", shape=[1, "t", "t", 32]),
+         value("present.0.key", shape=[1, 1, "total", 32]),
+         value("present.0.value", shape=[1, 1, "total", 32])],
+        [numpy_helper.from_array(a, n) for n, a in (
+            ("table", table), ("half", np.float32(0.5)), ("one", np.int64(1)))],
+        opset_imports=[helper.make_opsetid("", 23)],
+    )  # fmt: skip
+    path.write_bytes(model.SerializeToString())
+
+
+def test_rows_are_picked_when_their_numbers_are_known(tmp_path: Path) -> None:
+    computed_ids_graph(tmp_path / "ids.onnx")
+    fast, slow = (LanguageModel(tmp_path / "ids.onnx", load="ram", threads=1) for _ in range(2))
+    slow.session._recordings_left = 0
+    for i in (4, 40, 7, 60, 0):
+        same(fast.feed([i]), slow.feed([i]))
+    for model in (fast, slow):
+        with pytest.raises(ShapeError, match="index 32 is out of range"):
+            model.feed([64])
+    same(fast.feed([9]), slow.feed([9]))
+    assert is_replaying(fast) and slow.session._replay is None
