@@ -15,11 +15,16 @@ from .simd import (
     FLOAT, I64, VF32, VI8, VI16, VI32, address, broadcast, call, constant, half_to_float, host_has,
     load, primitive, read_memory, store, write_memory,
 )  # fmt: skip
+from .vector import have_come
 
 KEYS = 128  # keys a block: what softmax and values take at a time
 MANY_ROWS = 12 if host_has("avx512f") else 3  # of prompts: as tile.py's
 FEW_ROWS = 8 if host_has("avx512f") else 3  # of one token, whose tile decodes what it reads
 WIDTH = {"float32": 4, "float16": 2, "int8": 1}
+AHEAD = 4096
+"""Bytes: what a tile has come from a cache while it computes, into the second of the processor's
+caches. Keys and each 32 columns of values are read in turns, a block of KEYS at a time, and the
+hardware starts anew with each (Zen 4, 3 queries a head, 7900 keys: 16 GB/s without, 24 with)."""
 
 
 def _columns(b, encoding, where):
@@ -68,6 +73,8 @@ def _define(rows, encoding, packed, fresh):
                 b.store(constant(0.0) if fresh else load(b, result(i, j), VF32), sums[i, j])
         with cgutils.for_range(b, k, intp=I64) as loop:
             row = b.add(right, b.mul(loop.index, ir.Constant(I64, 2 * width)))
+            if encoding != "float32":
+                have_come(b, at(row, AHEAD))
             columns = [_columns(b, encoding, at(row, width * j)) for j in range(2)]
             column = b.add(left, b.mul(loop.index, ir.Constant(I64, step)))
             for i in range(rows):

@@ -334,11 +334,17 @@ def transpose16(b, p, stride, q, to):
 # -- memory and threads ------------------------------------------------------------------------
 
 
+def have_come(b, p, locality=2):
+    """Ask for the cache line at p, to be in the caches from the second on, or from the first on
+    with a `locality` of 3."""
+    hint = [ir.Constant(I32, n) for n in (0, locality, 1)]
+    call(b, "llvm.prefetch.p0", VOID, [pointer(b, p, I8), *hint])
+
+
 @primitive(types.void, address, twin=lambda p: None)
 def prefetch(b, p):
     """Ask for the cache line at p; any address is allowed."""
-    hint = [ir.Constant(I32, n) for n in (0, 3, 1)]
-    call(b, "llvm.prefetch.p0", VOID, [pointer(b, p, I8), *hint])
+    have_come(b, p, 3)
 
 
 def _twin_atomic_add(p, x):
