@@ -203,13 +203,13 @@ class Session:
             checked = _checked_feeds(self._declared, feeds, self._accepted)
             getattr(self.provider, "stop_on", lambda stop: None)(stop)
             self.provider.prefetch(self.plan.weights)
+            before = self._replay
             values = self._replayed(checked, wanted, stop)
             if values is None:
                 values = {**self.plan.constants, **checked}
                 self._walk(values, set(wanted), stop)
-                if self._has_budget:
-                    self._arena.trim_unused()
-                self._arena.trim(IDLE)
+            if self._replay is not before or before is None:  # a replay takes no memory
+                self._trim()
             return self._results(values, wanted, feeds, stay)
 
     def _replayed(
@@ -248,6 +248,12 @@ class Session:
             for name, slot in slots.items()
             if _grows(self._declared[name], getattr(slot, "axis", 2))
         }
+
+    def _trim(self) -> None:
+        """Give back the memory that the next runs will not need."""
+        if self._has_budget:
+            self._arena.trim_unused()
+        self._arena.trim(IDLE)
 
     def _is_recorded(self, tokens: int) -> bool:
         """Whether runs for so many next tokens are recorded. Several take memory for all that is
