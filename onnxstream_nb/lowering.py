@@ -191,7 +191,7 @@ class Replay:
         """
         if any(_is_slot(self.values.get(name)) for name in wanted):
             return False
-        if any(feeds.get(name) is not slot for name, slot in self.slots.items()):
+        if not self.slots.items() <= feeds.items():
             return False
         places = self._places()
         moved = [now - then for (now, _), (then, _) in zip(places, self._base, strict=True)]

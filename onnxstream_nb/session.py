@@ -134,6 +134,7 @@ class Session:
                 self.provider = gpu.provider(self.provider, placed, progress)
         self.chunk, self._has_budget = holding.chunk, ram is not None
         self._lock, self._closed = threading.Lock(), False
+        self._produced = {value.name for value in self.graph.outputs}
         self._declared = {value.name: value for value in self.graph.inputs}
         self._bind(None)
         self._recordings_left = 2  # tables whose shapes follow the position never fit again
@@ -192,7 +193,7 @@ class Session:
         Raises ShapeError on a wrong feed, Interrupted when `stop` is set meanwhile.
         """
         wanted = [v.name for v in self.outputs] if outputs is None else list(outputs)
-        unknown = set(wanted) - {v.name for v in self.outputs}
+        unknown = set(wanted) - self._produced
         if unknown:
             raise UsageError(f"no such output: {', '.join(sorted(unknown))}")
         with self._lock:
@@ -403,11 +404,9 @@ def _checked_feeds(
         problem = f"unknown {unknown}" if unknown else f"missing {missing}"
         names = ", ".join(declared)
         raise ShapeError(f"feeds: {problem}; the model's inputs are {names}")
-    checked = dict(feeds)
-    for name, feed in feeds.items():
-        if accepted.get(name) is not feed:
-            checked[name] = _checked(declared[name], feed)
-    return checked
+    known = accepted.keys() if accepted.items() <= feeds.items() else ()
+    new = declared.keys() - known
+    return {**feeds, **{name: _checked(declared[name], feeds[name]) for name in new}}
 
 
 def _grows(value: Value, axis: int) -> bool:
