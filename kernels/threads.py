@@ -196,7 +196,7 @@ class Team:
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
         self._args = np.array([self._state, 0, 0], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)
-        self._scratch = self._workspace = np.empty(0, np.uint8)
+        self._rooms = {}  # what it keeps of working memory, by name
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(self.size)]
         self._started = False
@@ -207,20 +207,20 @@ class Team:
         All kernels that run one after the other may share it; a later call may get other memory.
         """
         each = (each + 4095) // 4096 * 4096
-        where, held = self._room("_scratch", each * self.shares, KEPT_EACH * self.shares)
+        where, held = self._room("scratch", each * self.shares, KEPT_EACH * self.shares)
         return where, each, held
 
-    def workspace(self, nbytes):
-        """Working memory for all members together, as `scratch`: address, what holds it."""
-        return self._room("_workspace", nbytes, KEPT)
+    def workspace(self, nbytes, name="workspace"):
+        """Working memory for all members together, as `scratch`: address, what holds it; apart from
+        that of another name."""
+        return self._room(name, nbytes, KEPT)
 
     def _room(self, name, nbytes, kept):
-        held = getattr(self, name)  # read once: another Python thread may replace it meanwhile
+        held = self._rooms.get(name)  # once: another Python thread may replace it meanwhile
         if nbytes > kept:
             held = empty(nbytes + LINE, np.uint8)
-        elif nbytes + LINE > held.nbytes:
-            held = np.empty(nbytes + LINE, np.uint8)
-            setattr(self, name, held)
+        elif held is None or nbytes + LINE > held.nbytes:
+            held = self._rooms[name] = np.empty(nbytes + LINE, np.uint8)
         return (held.ctypes.data + LINE - 1) // LINE * LINE, held
 
     def _start(self):
