@@ -9,6 +9,9 @@ later one reads nothing of the earlier one's but what the same share wrote, as w
 gives is activated, multiplied, rotated or added element by element. Such calls become one row: each
 share of it runs its part of all of them, and finds what it needs in its own cache.
 
+Such a row has one share a member, not two: each starts on as few stretches of memory as it would
+with two of one matrix alone.
+
 What a call computes is what it computes by itself: so nothing changes, not even the last bit.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..registry import op
 from .joined import joined, rows_of
-from .threads import COLUMNS, SERIAL_ROW, fill_table, team
+from .threads import COLUMNS, SHARES_ROW, fill_table, team
 
 FEW_ROWS = 8
 """Up to so many tokens of a pass each get, to the last bit, what a pass of their own gives."""
@@ -62,7 +62,7 @@ class Table:
 
     def __init__(self, parts):
         self._parts = list(parts)
-        rows = rows_of(self._parts, team().shares)
+        rows = rows_of(self._parts, team().size)
         inner = [line for row in rows if len(row) > 1 for line in row]
         self._lines = np.zeros((len(rows) + len(inner), COLUMNS), np.int64)
         fill_table(self._lines[len(rows) :], [line.call for line in inner])
@@ -72,7 +72,7 @@ class Table:
             behind += len(row) if len(row) > 1 else 0
             self._functions.append(call[0])
             fill_table(self._lines[i:], [call])
-            self._lines[i, SERIAL_ROW] = row[0].serial
+            self._lines[i, SHARES_ROW] = team().size if len(row) > 1 else row[0].serial
             where += [(place + j, 1 + a, by) for j, line in enumerate(row) for a, by in line.growth]
         self._rows, self._columns, self._steps = np.array(where, np.int64).reshape(-1, 3).T
         self._start = self._lines[self._rows, self._columns]
