@@ -58,11 +58,6 @@ class Flow:
         return tuple(self.each * start for start in starts)
 
 
-def stretch(array):
-    """Where a contiguous array lies: address, bytes."""
-    return array.ctypes.data, array.nbytes
-
-
 @dataclass(slots=True)
 class Line:
     """A call (kernel, *arguments), whether the leader runs it alone, its Flow or None, and which
