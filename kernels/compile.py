@@ -17,6 +17,7 @@ from ..registry import kernels, op
 from .jit import JIT, cache_root, prune
 from .threads import set_precision, set_threads
 
+ALWAYS = ("team_lead", "team_member", "joined")  # what any plan runs on
 DONTNEED = 4  # madvise: these pages will not be needed soon
 
 _CHILD = """
@@ -46,7 +47,7 @@ def prepare(names, workers, progress=None):
     `progress(text, fraction)` is told about every kernel that is compiled.
     """
     known = kernels()  # a plan may name more than there is: not every encoding has every order
-    wanted = [known[n] for n in dict.fromkeys((*names, "team_lead", "team_member")) if n in known]
+    wanted = [known[n] for n in dict.fromkeys((*names, *ALWAYS)) if n in known]
     if not JIT:
         return
     missing = [k.name for k in wanted if not k.load()]

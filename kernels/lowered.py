@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..registry import op
-from .threads import COLUMNS, SERIAL_ROW, fill_table, team
+from .joined import joined, rows_of
+from .threads import COLUMNS, SHARES_ROW, fill_table, team
 
 FEW_ROWS = 8
 """Up to so many tokens of a pass each get, to the last bit, what a pass of their own gives."""
@@ -24,16 +25,20 @@ class Rows:
     """Outputs, the calls (kernel, *arguments) that fill them, and what keeps their memory alive.
 
     `growth` lists (call, argument, increment a position). A `serial` operator is too small to be
-    shared between threads. What is `swift` is done before anybody can want to stop it. `fetch`
-    brings what they read from elsewhere, before the table that they are in begins; `check` raises
-    when what they read was wrong, which is looked at after them.
+    shared between threads; a tuple says it of each call. `flows` say of each call what it depends
+    on (joined.Flow, or None), so that a table need not wait where that is not needed; those of the
+    same `source` may be computed where the first of them is. What is `swift` is done before anybody
+    can want to stop it. `fetch` brings what the calls read from elsewhere, before the table that
+    they are in begins; `check` raises when what they read was wrong, which is looked at after them.
     """
 
     outputs: tuple
     calls: list
     growth: tuple = ()
-    serial: bool = False
+    serial: bool | tuple = False
     keep: tuple = ()
+    flows: tuple = ()
+    source: object = None
     fetch: Callable[[], object] | None = None
     check: Callable[[], object] | None = None
     swift = False
@@ -64,20 +69,27 @@ class Table:
     """The rows of several operators, to be run at one position after the other."""
 
     def __init__(self, parts):
-        calls = [call for part in parts for call in part.calls]
-        self._functions = [function for function, *_ in calls]
         self._parts = list(parts)
         self._fetches = [part.fetch for part in parts if part.fetch is not None]
         self._checks = [part.check for part in parts if part.check is not None]
-        self._lines = np.zeros((len(calls), COLUMNS), np.int64)
-        fill_table(self._lines, calls)
-        where, first = [], 0
-        for part in parts:
-            where += [(first + call, 1 + argument, by) for call, argument, by in part.growth]
-            self._lines[first : first + len(part.calls), SERIAL_ROW] = part.serial
-            first += len(part.calls)
+        rows = rows_of(self._parts, team().size)
+        inner = [line for row in rows if len(row) > 1 for line in row]
+        self._lines = np.zeros((len(rows) + len(inner), COLUMNS), np.int64)
+        fill_table(self._lines[len(rows) :], [line.call for line in inner])
+        self._functions, where, behind = [], [], len(rows)
+        for i, row in enumerate(rows):
+            place, call = (i, row[0].call) if len(row) == 1 else (behind, self._joined(behind, row))
+            behind += len(row) if len(row) > 1 else 0
+            self._functions.append(call[0])
+            fill_table(self._lines[i:], [call])
+            self._lines[i, SHARES_ROW] = team().size if len(row) > 1 else row[0].serial
+            where += [(place + j, 1 + a, by) for j, line in enumerate(row) for a, by in line.growth]
         self._rows, self._columns, self._steps = np.array(where, np.int64).reshape(-1, 3).T
         self._start = self._lines[self._rows, self._columns]
+
+    def _joined(self, first, row):
+        """The call of the lines from `first` on."""
+        return joined, self._lines[first:].ctypes.data, len(row)
 
     def run(self, offset):
         """Run it, `offset` positions after the one for which the rows were made."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from .buffers import contiguous, empty
 from .jit import float_bits
+from .joined import Flow
 from .lowered import Rows, plain
 from .simd import JIT
 from .threads import team
@@ -15,6 +16,7 @@ SMALL, LARGE = 1 << 13, 1 << 17
 """Elements below which a kernel is not worth sharing between threads, and below which NumPy is done
 before a kernel has been dispatched, where it runs at memory speed. Only what both round alike is
 left to NumPy: a row must not depend on how many others there are."""
+LANES = 16  # elements: kernels of this kind are cut at multiples of them
 
 
 def launch(kernel, *values, serial=False):
@@ -39,8 +41,10 @@ def unary_rows(kernel, x, parameter=0.0, dtype=np.float32):
     """The call that computes x (any shape) -> the same shape, contiguous."""
     x = contiguous(x)
     out = empty(x.shape, dtype)
-    call = (kernel, x.ctypes.data, out.ctypes.data, x.size, float_bits(parameter))
-    return Rows((out,), [call], serial=x.size < SMALL, keep=(x,))
+    source, place = x.ctypes.data, out.ctypes.data
+    call = (kernel, source, place, x.size, float_bits(parameter))
+    flow = Flow(((place, out.nbytes),), own=((source, x.nbytes),), items=x.size, align=LANES)
+    return Rows((out,), [call], serial=x.size < SMALL, keep=(x,), flows=(flow,))
 
 
 def map_unary(kernel, x, parameter=0.0, dtype=np.float32):
@@ -82,10 +86,14 @@ def broadcast_rows(kernel, *operands):
         return None
     rows, columns, steps = form
     out = empty(shape)
-    call = [kernel, out.ctypes.data, rows, columns]
+    call, read = [kernel, out.ctypes.data, rows, columns], {True: (), False: ()}
     for o, (step, varies) in zip(operands, steps, strict=True):
-        call += o.ctypes.data, step * o.itemsize, varies
-    return Rows((out,), [call], serial=out.size < SMALL, keep=operands)
+        address = o.ctypes.data
+        call += address, step * o.itemsize, varies
+        read[o.size == out.size] += ((address, o.nbytes),)
+    writes = ((call[1], out.nbytes),)
+    flow = Flow(writes, read[False], read[True], items=out.size, align=LANES)
+    return Rows((out,), [call], serial=out.size < SMALL, keep=operands, flows=(flow,))
 
 
 def map_broadcast(kernel, *operands):

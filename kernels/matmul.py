@@ -12,6 +12,7 @@ from ..registry import kernels, op
 from . import gemm_bf16, gemv
 from .buffers import contiguous, empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
+from .joined import Flow
 from .lowered import FEW_ROWS, Rows, plain
 from .packing import Packer, Panels
 from .panel_products import block_rows, quantize_rows
@@ -68,8 +69,8 @@ def prepared(weight):
     return Panels(weight) if Packer().panel_bytes(weight.ref) else Matrix(decode(weight))
 
 
-def _workspace(nbytes, purpose):
-    return *team().workspace(nbytes), True
+def _workspace(nbytes, purpose, name="workspace"):
+    return *team().workspace(nbytes, name), True
 
 
 class Kept:
@@ -81,7 +82,7 @@ class Kept:
     def __init__(self):
         self._purpose, self._memory = None, None
 
-    def room(self, nbytes, purpose):
+    def room(self, nbytes, purpose, name=""):
         """Address, what holds it, and whether it has yet to be filled for this purpose."""
         fresh = self._purpose is not purpose or nbytes + 64 > self._memory.nbytes
         if fresh:
@@ -90,20 +91,15 @@ class Kept:
 
 
 def calls(x, weight, out, kept=None):
-    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), and what they work in.
+    """The kernel calls for out (M, N) = x (M, K) times a weight (K, N), as Rows.
 
     The weight may be a tile, some of the stored rows: then they fill its columns of out or, in
     column order, add its products to it; what the next tile needs stays in `kept`, a Kept.
     """
     room = _workspace if kept is None else kept.room
-    if len(x) == 1 and weight.order == "panels":
-        (k, n), begin = weight.shape, _begin(weight)
-        scratch, each, held = team().scratch(64 + RECORD * (k // 32))
-        where = weight.address, weight.row_bytes, x.ctypes.data + 4 * begin
-        y = out.ctypes.data + 4 * weight.first
-        return [(_kernel("gemv", weight), *where, y, n, k, scratch, each, int(begin > 0))], (held,)
-    few = len(x) <= FEW_ROWS and weight.order != "panels"
-    return (_few if few else _many)(x, weight, out, room)
+    if weight.order == "panels":
+        return (_one_packed if len(x) == 1 else _many)(x, weight, out, room)
+    return (_few if len(x) <= FEW_ROWS else _many)(x, weight, out, room)
 
 
 def _begin(weight):
@@ -117,16 +113,39 @@ def _few(x, weight, out, room):
     """Each row of x alone gives the same, to the last bit."""
     (m, k), (own, n) = x.shape, weight.shape
     where = weight.address, weight.row_bytes, x.ctypes.data
-    kernel, y_step = _kernel("gemv", weight), out.strides[0]
+    kernel, y, y_step = _kernel("gemv", weight), out.ctypes.data, out.strides[0]
+    written, source = ((y, out.nbytes),), (where[2], x.nbytes)
     if weight.order == "rows":
-        y = out.ctypes.data + 4 * weight.first
-        return [(kernel, *where, y, n, k, m, 4 * k, y_step)], ()
+        flow = Flow(written, whole=(source,), items=n if m == 1 else 0, align=gemv.TOGETHER)
+        call = (kernel, *where, y + 4 * weight.first, n, k, m, 4 * k, y_step)
+        return Rows((out,), [call], flows=(flow,), source=source)
     each = gemv.sum_bytes(n)
-    sums, held, _ = room(gemv.PARTS * m * each, kernel)
+    nbytes = gemv.PARTS * m * each
+    sums, held, _ = room(nbytes, kernel)
     todo = [(kernel, *where, sums, each, n, k, m, 4 * k, weight.first, own)]
     if weight.first + own == k:
-        todo.append((gemv.gemv_columns_sum, sums, each, out.ctypes.data, n, m, y_step))
-    return todo, (held,)
+        todo.append((gemv.gemv_columns_sum, sums, each, y, n, m, y_step))
+    flow = Flow(written, whole=((sums, nbytes),), items=n if m == 1 else 0, align=16)
+    return Rows((out,), todo, keep=(held,), flows=(None, flow)[: len(todo)])
+
+
+def _one_packed(x, weight, out, room):
+    """A single x: its records are made by one thread, for all tiles that read it alike."""
+    (k, n), begin = weight.shape, _begin(weight)
+    nbytes, source, y = RECORD * (k // 32), x.ctypes.data + 4 * begin, out.ctypes.data
+    # Apart from those of another length: while a share makes records of what a product gives, the
+    # others may still read those of its x.
+    records, kept, fresh = room(nbytes, quantize_rows, f"records of {k}")
+    scratch, each, held = team().scratch(64)
+    where, onto = (weight.address, weight.row_bytes, records), int(begin > 0)
+    todo = [(_kernel("gemv", weight), *where, y + 4 * weight.first, n, k, scratch, each, onto)]
+    made = ((records, nbytes),)
+    flows = [Flow(((y, out.nbytes),), whole=made, items=n, align=16)]
+    if fresh or begin:
+        todo.insert(0, (quantize_rows, source, 0, records, 1, k, 1))
+        flows.insert(0, Flow(made, own=((source, 4 * k),), items=k // 32, each=32))
+    serial = (True, False)[-len(todo) :]
+    return Rows((out,), todo, serial=serial, keep=(kept, held), flows=flows, source=(source, k))
 
 
 def _many(x, weight, out, room):
@@ -142,10 +161,12 @@ def _many(x, weight, out, room):
         y += 4 * weight.first
     where = weight.address, weight.row_bytes, left, y, out.strides[0], m, n, k
     rest = (*most, scratch, each, onto) if packed else (onto, scratch, each)
-    todo = [(kernel, *where, *rest)]
+    todo, made, read = [(kernel, *where, *rest)], (left, nbytes), (x.ctypes.data, x.nbytes)
+    flows = [Flow(((y, out.nbytes),), whole=(made, read))]
     if fresh or by_columns or begin:
         todo.insert(0, (pack, source, x_step, left, m, k, *most))
-    return todo, (kept, held)
+        flows.insert(0, Flow((made,), whole=(read,)))
+    return Rows((out,), todo, keep=(kept, held), flows=flows, source=(source, k))
 
 
 def _layout(kernel, weight, m, k):
@@ -172,9 +193,9 @@ def product(x, weight):
     kept = Kept() if weight.in_tiles else None
     for tile in weight.tiles():
         ready = prepared(tile)
-        todo, held = calls(x, ready, out, kept)
-        team().run(todo)
-        del held, ready
+        rows = calls(x, ready, out, kept)
+        rows.run()
+        del rows, ready
     if weight.encoding == "uint8":
         out *= np.float32(weight.scale)
         out -= np.float32(weight.scale * weight.zero_point) * x.sum(axis=1, keepdims=True)
@@ -190,8 +211,9 @@ def lower_matmul(a, b):
     out = empty((*a.shape[:-1], b.shape[1]))
     if not out.size or not a.size or a.shape[-1] != b.shape[0]:
         return None
-    todo, held = calls(_rows(a), b, _rows(out))
-    return Rows((out,), todo, keep=(a, b, held))
+    rows = calls(_rows(a), b, _rows(out))
+    rows.outputs, rows.keep = (out,), (a, b, *rows.keep)
+    return rows
 
 
 def _rows(a):

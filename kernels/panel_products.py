@@ -56,17 +56,20 @@ def quantize(x, k, records, step):
 def quantize_rows(args, thread, threads):
     """X (M, K), rows `stride` bytes apart -> records (M blocks, K / 32, rows of the block).
 
-    args: X, stride, records, M, K, rows a block.
+    args: X, stride, records, M, K, rows a block. Shares are cut at groups of 32, row after row.
     """
-    x, stride, records, m, k, most = (
-        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
+    x, stride, records, m, groups, most = (
+        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4) >> 5, arg(args, 5),
     )  # fmt: skip
-    start, stop = share(m, 1, thread, threads)
-    for i in range(start, stop):
+    at, stop = share(m * groups, 1, thread, threads)
+    while at < stop:
+        i, g = at // groups, at % groups
+        count = min(groups - g, stop - at)
         first = i // most * most
         rows = min(most, m - first)
-        out = records + RECORD * (first * (k >> 5) + i - first)
-        quantize(x + stride * i, k, out, RECORD * rows)
+        out = records + RECORD * (first * groups + rows * g + i - first)
+        quantize(x + stride * i + 128 * g, 32 * count, out, RECORD * rows)
+        at += count
 
 
 @jit
@@ -89,15 +92,12 @@ def begin(out, y, n, onto):
 
 @jit
 def gemv(token, args, thread, threads):
-    """args: panels, bytes a panel, x, y, N, K, scratch, its bytes a thread, whether to add to y."""
-    panels, step, x, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
+    """args: panels, bytes a panel, records, y, N, K, scratch, its bytes a thread, whether to add to
+    y."""
+    panels, step, records, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     n, k, out = arg(args, 4), arg(args, 5), arg(args, 6) + arg(args, 7) * thread
     onto = arg(args, 8)
     start, stop = share(n, ROWS, thread, threads)
-    if start == stop:
-        return
-    records = out + 64
-    quantize(x, k, records, RECORD)
     for i in range(start, stop, ROWS):
         begin(out, y + 4 * i, n - i, onto)
         panel_product(token, panels + step * (i // ROWS), step, records, k >> 5, 1, out)
@@ -137,49 +137,49 @@ def pack(token, args, thread, threads):
 
 @kernel
 def gemv_panels_q8_0(args, thread, threads):
-    """q8_0 W (N, K) in panels, x (K,) -> y (N,)."""
+    """q8_0 W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q8_0, args, thread, threads)
 
 
 @kernel
 def gemv_panels_q4_0(args, thread, threads):
-    """q4_0 W (N, K) in panels, x (K,) -> y (N,)."""
+    """q4_0 W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q4_0, args, thread, threads)
 
 
 @kernel
 def gemv_panels_q4_1(args, thread, threads):
-    """q4_1 W (N, K) in panels, x (K,) -> y (N,)."""
+    """q4_1 W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q4_1, args, thread, threads)
 
 
 @kernel
 def gemv_panels_q4_k(args, thread, threads):
-    """q4_k W (N, K) in panels, x (K,) -> y (N,)."""
+    """q4_k W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q4_K, args, thread, threads)
 
 
 @kernel
 def gemv_panels_q5_k(args, thread, threads):
-    """q5_k W (N, K) in panels, x (K,) -> y (N,)."""
+    """q5_k W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q5_K, args, thread, threads)
 
 
 @kernel
 def gemv_panels_q6_k(args, thread, threads):
-    """q6_k W (N, K) in panels, x (K,) -> y (N,)."""
+    """q6_k W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(Q6_K, args, thread, threads)
 
 
 @kernel
 def gemv_panels_affine4(args, thread, threads):
-    """affine4 W (N, K) in panels, x (K,) -> y (N,)."""
+    """affine4 W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(AFFINE4, args, thread, threads)
 
 
 @kernel
 def gemv_panels_affine8(args, thread, threads):
-    """affine8 W (N, K) in panels, x (K,) -> y (N,)."""
+    """affine8 W (N, K) in panels, records of x (K,) -> y (N,)."""
     gemv(AFFINE8, args, thread, threads)
 
 

@@ -10,9 +10,32 @@ from ..errors import ShapeError
 from ..registry import op
 from .buffers import contiguous, empty
 from .indexing import in_range
-from .jit import arg, kernel, share
+from .jit import arg, jit, kernel, share
+from .joined import Flow
 from .lowered import Rows, plain
 from .vector import fma, load_f32, mul, peek_f32, poke_f32, splat, store_f32
+
+
+@jit
+def rotate(x, out, cos, sin, half, size, interleaved):
+    """One head's x (D,), cos and sin (R / 2,) -> out (D,)."""
+    minus, done = splat(np.float32(-1)), 0
+    if not interleaved:
+        done = half // 16 * 16
+        for i in range(0, done, 16):
+            u, v = load_f32(x + 4 * i), load_f32(x + 4 * (half + i))
+            c, s = load_f32(cos + 4 * i), load_f32(sin + 4 * i)
+            store_f32(out + 4 * i, fma(u, c, mul(mul(v, s), minus)))
+            store_f32(out + 4 * (half + i), fma(v, c, mul(u, s)))
+    for i in range(done, half):
+        first = 2 * i if interleaved else i
+        second = 2 * i + 1 if interleaved else half + i
+        u, v = peek_f32(x + 4 * first), peek_f32(x + 4 * second)
+        ci, si = peek_f32(cos + 4 * i), peek_f32(sin + 4 * i)
+        poke_f32(out + 4 * first, u * ci - v * si)
+        poke_f32(out + 4 * second, u * si + v * ci)
+    for i in range(2 * half, size):
+        poke_f32(out + 4 * i, peek_f32(x + 4 * i))
 
 
 @kernel
@@ -20,34 +43,17 @@ def rotary(args, thread, threads):
     """x (B, T, H, D) by strides, cos and sin (B T, R / 2) -> out, laid out as x.
 
     args: x, out, cos, sin, B, T, H, D, R, strides in bytes of batch, token and head, interleaved.
-    Element pairs are (i, i + R / 2), or (2 i, 2 i + 1) when interleaved.
+    Element pairs are (i, i + R / 2), or (2 i, 2 i + 1) when interleaved. Shares are cut at heads.
     """
     x, out, cos, sin = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
     tokens, heads, size, half = arg(args, 5), arg(args, 6), arg(args, 7), arg(args, 8) // 2
-    minus = splat(np.float32(-1))
-    start, stop = share(arg(args, 4) * tokens, 1, thread, threads)
-    for t in range(start, stop):
-        token = arg(args, 9) * (t // tokens) + arg(args, 10) * (t % tokens)
+    interleaved = arg(args, 12)
+    start, stop = share(arg(args, 4) * tokens * heads, 1, thread, threads)
+    for unit in range(start, stop):
+        t, h = unit // heads, unit % heads
+        place = arg(args, 9) * (t // tokens) + arg(args, 10) * (t % tokens) + arg(args, 11) * h
         c, s = cos + 4 * half * t, sin + 4 * half * t
-        for h in range(heads):
-            p, q = x + token + arg(args, 11) * h, out + token + arg(args, 11) * h
-            done = 0
-            if not arg(args, 12):
-                done = half // 16 * 16
-                for i in range(0, done, 16):
-                    u, v = load_f32(p + 4 * i), load_f32(p + 4 * (half + i))
-                    cv, sv = load_f32(c + 4 * i), load_f32(s + 4 * i)
-                    store_f32(q + 4 * i, fma(u, cv, mul(mul(v, sv), minus)))
-                    store_f32(q + 4 * (half + i), fma(v, cv, mul(u, sv)))
-            for i in range(done, half):
-                first = 2 * i if arg(args, 12) else i
-                second = 2 * i + 1 if arg(args, 12) else half + i
-                u, v = peek_f32(p + 4 * first), peek_f32(p + 4 * second)
-                ci, si = peek_f32(c + 4 * i), peek_f32(s + 4 * i)
-                poke_f32(q + 4 * first, u * ci - v * si)
-                poke_f32(q + 4 * second, u * si + v * ci)
-            for i in range(2 * half, size):
-                poke_f32(q + 4 * i, peek_f32(p + 4 * i))
+        rotate(x + place, out + place, c, s, half, size, interleaved)
 
 
 def lower_rotary(
@@ -68,9 +74,15 @@ def lower_rotary(
     if not cos_cache.shape == sin_cache.shape == (b, t, rotated // 2):
         return None
     out = empty(x.shape)
-    call = (rotary, x.ctypes.data, out.ctypes.data, cos_cache.ctypes.data, sin_cache.ctypes.data,
-            b, t, heads, size, rotated, *strides, interleaved)  # fmt: skip
-    return Rows((out,), [call], serial=b * t == 1, keep=(x, cos_cache, sin_cache))
+    source, place, *tables = (a.ctypes.data for a in (x, out, cos_cache, sin_cache))
+    call = (rotary, source, place, *tables, b, t, heads, size, rotated, *strides, interleaved)
+    flow = Flow(
+        ((place, out.nbytes),), whole=tuple((table, cos_cache.nbytes) for table in tables),
+        own=((source, x.nbytes),), items=heads if b * t == 1 else 0, each=size,
+    )  # fmt: skip
+    return Rows(
+        (out,), [call], serial=b * t == 1, keep=(x, cos_cache, sin_cache), flows=(flow,)
+    )  # fmt: skip
 
 
 @op("RotaryEmbedding", since=23, uses=("rotary",), lower=lower_rotary)

@@ -4,12 +4,13 @@ Shapes: a table is (rows, COLUMNS) int64: column 0 a kernel's address, then its 
 team's state is one int64 a cache line: claims, row, done, shares, then one "parked" flag a
 member.
 
-Every row is cut into shares, two a member; a kernel's (thread, threads) are a share and their
-number. A member takes its own shares first, so that on a quiet machine the cut is static, and then
-those that nobody has taken: a member that the system has put aside holds up nobody, unless it has
-begun a share. Who waits for that sleeps after a while, on a futex where there is one: spinning
-would use up the time that the system gives to the program, and a busy machine has little of it.
-`claims` holds the row's serial number above a bit for each share that is taken.
+A row is cut into shares, two a member unless it says otherwise; a kernel's (thread, threads) are a
+share and their number. A member takes its own shares first, so that on a quiet machine the cut is
+static, and then those that nobody has taken: a member that the system has put aside holds up
+nobody, unless it has begun a share. Who waits for that sleeps after a while, on a futex where there
+is one: spinning would use up the time that the system gives to the program, and a busy machine has
+little of it. `claims` holds the row's serial number above a bit for each share that is taken, or is
+not there.
 
 The calling thread is member 0 and leads from row to row. The others spin for a moment between
 tables, sleep for a moment, and then park in Python on an event, so that an idle engine costs
@@ -42,7 +43,9 @@ LEADER_SPINS = 40000  # some 0.1 ms: then the system has put a member aside, wit
 MEMBER_SPINS = 80000  # as long as what Python does between two tables, and more
 SPINS_BEFORE_PARKING = 160000
 SPINS_A_SLEEP = 20000  # what a sleep counts for
-SERIAL_ROW = COLUMNS - 1  # this column of a row: not worth sharing, the leader runs it alone
+SHARES_ROW = COLUMNS - 1  # this column of a row: into how many shares it is cut, at most as many
+# as any is; 0 when it is as many. What is not worth sharing is 1: the leader runs it alone.
+TAKEN = (1 << SERIAL) - 1  # of claims: nothing is left
 MAX_THREADS = 32
 KEPT_EACH, KEPT = 1 << 18, 1 << 20  # bytes of a share's, and of common working memory that a team
 # keeps; more is lent by the arena, for a call
@@ -110,10 +113,11 @@ def claim(state, serial, first, shares):
 
 @jit
 def work(state, serial, first, shares):
-    """Run shares of row `serial` until none is left."""
+    """Run shares of row `serial` until none is left. Of another row's number of `shares` none is
+    free, and the row stays as long as one that was taken is not done."""
     share = claim(state, serial, first, shares)
     while share >= 0:
-        row = atomic_load(state + ROW)
+        row, shares = atomic_load(state + ROW), atomic_load(state + SHARES)
         call_kernel(peek_i64(row), row + 8, share, shares)
         atomic_add(state + DONE, 1)
         if atomic_load(state + WAITING):
@@ -123,18 +127,23 @@ def work(state, serial, first, shares):
 
 @kernel
 def team_lead(args, thread, threads):
-    """Walk a table as member 0. args: state, table, rows. Shapes: table (rows, COLUMNS)."""
-    state, table = arg(args, 0), arg(args, 1)
-    shares = atomic_load(state + SHARES)
+    """Walk a table as member 0. args: state, table, rows, shares of a row that does not say.
+
+    Shapes: table (rows, COLUMNS).
+    """
+    state, table, most = arg(args, 0), arg(args, 1), arg(args, 3)
     for i in range(arg(args, 2)):
         row = table + 8 * COLUMNS * i
-        if shares == 1 or peek_i64(row + 8 * SERIAL_ROW):
+        shares = min(most, peek_i64(row + 8 * SHARES_ROW))
+        if shares == 1 or most == 1:
             call_kernel(peek_i64(row), row + 8, 0, 1)
             continue
+        shares = shares if shares else most
         serial = (atomic_load(state + CLAIMS) >> SERIAL) + 1 & 0x3FFFFFFF
         atomic_store(state + ROW, row)
+        atomic_store(state + SHARES, shares)
         atomic_store(state + DONE, 0)
-        atomic_store(state + CLAIMS, serial << SERIAL)
+        atomic_store(state + CLAIMS, serial << SERIAL | TAKEN >> shares << shares)
         atomic_store(state + STARTED, serial)
         if atomic_load(state + SLEEPERS):
             wake(state + STARTED)
@@ -159,11 +168,12 @@ def team_member(args, thread, threads):
     state = arg(args, 0)
     parked = state + PARKED + LINE * thread
     atomic_store(parked, 0)
-    serial, spins, shares = -1, 0, atomic_load(state + SHARES)
+    serial, spins = -1, 0
     while True:
         now = atomic_load(state + CLAIMS) >> SERIAL
         if now != serial:
             serial, spins = now, 0
+            shares = atomic_load(state + SHARES)
             work(state, serial, thread * shares // threads, shares)
             continue
         if spins > SPINS_BEFORE_PARKING:
@@ -190,13 +200,12 @@ class Team:
         skip = -memory.ctypes.data % LINE // 8
         self._state = memory.ctypes.data + 8 * skip
         self.shares = 1 if self.size == 1 else min(2 * self.size, SERIAL)
-        memory[skip + SHARES // 8] = self.shares
         memory[skip + TIMEOUT // 8 :][:2] = 0, 2_000_000  # seconds, nanoseconds
-        memory[skip + CLAIMS // 8] = (1 << SERIAL) - 1  # nothing to take before the first row
+        memory[skip + CLAIMS // 8] = TAKEN  # nothing to take before the first row
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
-        self._args = np.array([self._state, 0, 0], np.int64)
+        self._args = np.array([self._state, 0, 0, self.shares], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)
-        self._scratch = self._workspace = np.empty(0, np.uint8)
+        self._rooms = {}  # what it keeps of working memory, by name
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(self.size)]
         self._started = False
@@ -207,20 +216,20 @@ class Team:
         All kernels that run one after the other may share it; a later call may get other memory.
         """
         each = (each + 4095) // 4096 * 4096
-        where, held = self._room("_scratch", each * self.shares, KEPT_EACH * self.shares)
+        where, held = self._room("scratch", each * self.shares, KEPT_EACH * self.shares)
         return where, each, held
 
-    def workspace(self, nbytes):
-        """Working memory for all members together, as `scratch`: address, what holds it."""
-        return self._room("_workspace", nbytes, KEPT)
+    def workspace(self, nbytes, name="workspace"):
+        """Working memory for all members together, as `scratch`: address, what holds it; apart from
+        that of another name."""
+        return self._room(name, nbytes, KEPT)
 
     def _room(self, name, nbytes, kept):
-        held = getattr(self, name)  # read once: another Python thread may replace it meanwhile
+        held = self._rooms.get(name)  # once: another Python thread may replace it meanwhile
         if nbytes > kept:
             held = empty(nbytes + LINE, np.uint8)
-        elif nbytes + LINE > held.nbytes:
-            held = np.empty(nbytes + LINE, np.uint8)
-            setattr(self, name, held)
+        elif held is None or nbytes + LINE > held.nbytes:
+            held = self._rooms[name] = np.empty(nbytes + LINE, np.uint8)
         return (held.ctypes.data + LINE - 1) // LINE * LINE, held
 
     def _start(self):
@@ -247,7 +256,7 @@ class Team:
             if len(rows) > len(self._table):
                 self._table = np.zeros((2 * len(rows), COLUMNS), np.int64)
             fill_table(self._table, rows)
-            self._table[: len(rows), SERIAL_ROW] = serial
+            self._table[: len(rows), SHARES_ROW] = serial
             self._walk(self._table, [function for function, *_ in rows])
 
     def run_table(self, table, functions):
@@ -259,7 +268,7 @@ class Team:
         if JIT:
             return self._run_table(table.ctypes.data, len(functions))
         for line, function in zip(table, functions, strict=False):
-            shares = 1 if line[SERIAL_ROW] else self.shares
+            shares = min(self.shares, int(line[SHARES_ROW]) or self.shares)
             for share in range(shares):
                 function(line.ctypes.data + 8, share, shares)
         return None

@@ -246,8 +246,8 @@ print(json.dumps([before, told, after]))
 
 LOADED = [
     "rms_norm", "layer_norm", "rotary", "gemm_pack", "cache_append", "team_lead", "team_member",
-    "attention_exact", "decode_q8_0", "decode_float16", "gemv_rows_q8_0", "gemm_rows_q8_0",
-    "gemv_panels_q8_0", "gemm_panels_q8_0", "pack_q8_0", "quantize_rows",
+    "joined", "attention_exact", "decode_q8_0", "decode_float16", "gemv_rows_q8_0",
+    "gemm_rows_q8_0", "gemv_panels_q8_0", "gemm_panels_q8_0", "pack_q8_0", "quantize_rows",
 ]  # fmt: skip
 LOAD_AT_ONCE = """
 import sys, threading
@@ -310,8 +310,8 @@ def test_missing_kernels_are_compiled_by_children(tmp_path: Path) -> None:
 
     before, told, after = json.loads(run_script(PREPARE, tmp_path))
     assert before == [False] * 4 and after == [True] * 4
-    team = ["team_lead", "team_member"]  # what every plan needs
-    names = ["gemm_pack", "rms_norm", "rotary", *team]
+    names = ["gemm_pack", "joined", "rms_norm", "rotary"]
+    names += ["team_lead", "team_member"]  # these and "joined" are what every plan needs
     assert sorted(text.split()[1] for text, _ in told) == names
     assert all(text.startswith("compiling ") and 0 <= done < 1 for text, done in told)
     assert [done for _, done in told] == sorted(done for _, done in told)

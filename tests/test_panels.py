@@ -25,7 +25,7 @@ from onnxstream_nb.graph import ENCODINGS
 from onnxstream_nb.kernels.matmul import calls, lower_matmul, matmul
 from onnxstream_nb.kernels.panel_products import block_rows
 from onnxstream_nb.kernels.panels import TOKENS
-from onnxstream_nb.kernels.threads import set_threads, team
+from onnxstream_nb.kernels.threads import set_threads
 from onnxstream_nb.registry import kernels
 from onnxstream_nb.weights import Weight
 
@@ -164,9 +164,8 @@ def test_nothing_is_written_beside_the_outputs(rng: Any) -> None:
         weight, _ = random_packed("q4_0", 64, n, rng)
         for m in (1, 3):
             x, out = normal(rng, m, 64), np.full((m + 2, n), 1234.5, np.float32)
-            rows, held = calls(x, weight, out[1:-1])
-            team().run(rows)
-            assert held and (out[[0, -1]] == 1234.5).all()
+            calls(x, weight, out[1:-1]).run()
+            assert (out[[0, -1]] == 1234.5).all()
             assert np.array_equal(out[1:-1], matmul(x, weight))
 
 

@@ -45,6 +45,12 @@ def in_order(args: int, thread: int, threads: int) -> None:
 
 
 @uncached
+def count_by_shares(args: int, thread: int, threads: int) -> None:
+    """args: cells (33, 33). Counts in cell (threads, thread)."""
+    atomic_add(arg(args, 0) + 8 * (33 * threads + thread), 1)
+
+
+@uncached
 def add_arguments(args: int, thread: int, threads: int) -> None:
     """args: a cell, then 30 numbers, of which number i counts i times."""
     if thread == 0:
@@ -111,6 +117,24 @@ def test_many_runs_of_many_rows(size: int) -> None:
             check_run(squad, 1 + i % 7)
         for rows in (16, 17, 33, 500):  # the table grows
             check_run(squad, rows)
+
+    within_limit(body)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rows_may_be_cut_into_fewer_shares(size: int) -> None:
+    """Each of another number than the row before it: nobody takes a share that is not there."""
+
+    def body() -> None:
+        squad, cells = Team(size), np.zeros((33, 33), np.int64)
+        wanted = [0, 1, size, 0, 2, 1, 3, 100, size, size + 1, 1, 0] * 20
+        for _ in range(50):
+            squad.run([(count_by_shares, cells.ctypes.data)] * len(wanted), tuple(wanted))
+        most = squad.shares
+        cut = [min(most, n) if n else most for n in wanted]
+        for shares in range(33):
+            assert (cells[shares, :shares] == 50 * cut.count(shares)).all()
+            assert not cells[shares, shares:].any()
 
     within_limit(body)
 
