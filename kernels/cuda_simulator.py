@@ -13,7 +13,6 @@ shared memory that nothing was written to.
 import ctypes
 import random
 from bisect import bisect_right
-from contextlib import contextmanager
 
 import numpy as np
 
@@ -49,8 +48,8 @@ class Memory:
 
     def load(self, address, dtype):
         """One element; halves as float32, integers as Python's."""
-        value = self.vector(address, 1, dtype)[0]
-        return np.float32(value) if np.dtype(dtype).kind == "f" else int(value)
+        found = self.vector(address, 1, dtype)
+        return np.float32(found[0]) if found.dtype.kind == "f" else found.item()
 
     def store(self, address, value, dtype):
         """Write one element."""
@@ -64,7 +63,7 @@ class Shared(Memory):
     def __init__(self, nbytes):
         self._bytes = np.zeros(nbytes + 16, np.uint8)
         self._bytes = self._bytes[-self._bytes.ctypes.data % 16 :][:nbytes]
-        self._written = np.zeros(nbytes, bool)
+        self._unwritten = bytearray(b"\1" * nbytes)  # whose search is quicker than an array's
 
     def vector(self, address, count, dtype, *, writing=False):
         dtype, address = np.dtype(dtype), int(address)
@@ -73,12 +72,12 @@ class Shared(Memory):
             raise IndexError(f"{nbytes} bytes at {address} of {len(self._bytes)} shared ones")
         if address % nbytes:
             raise IndexError(f"{nbytes} shared bytes at {address}, which is not aligned to them")
-        span = slice(address, address + nbytes)
+        stop = address + nbytes
         if writing:
-            self._written[span] = True
-        elif not self._written[span].all():
+            self._unwritten[address:stop] = bytes(nbytes)
+        elif self._unwritten.find(1, address, stop) >= 0:
             raise IndexError(f"{nbytes} shared bytes at {address} are read, and never written")
-        return self._bytes[span].view(dtype)
+        return self._bytes[address:stop].view(dtype)
 
     def store(self, address, value, dtype):
         with np.errstate(over="ignore"):
@@ -240,8 +239,7 @@ def _run(block, function, order):
         if ready is None:
             ready = _past_barrier(block.threads)
         for i in order(len(ready), turn):
-            with _turn(ready[i]):
-                ready[i].coroutine.switch()
+            _take_turn(ready[i])
         turn += 1
 
 
@@ -268,11 +266,11 @@ def _past_barrier(threads):
     return waiting
 
 
-@contextmanager
-def _turn(thread):
+def _take_turn(thread):
+    """Let a thread go on until it waits, or has returned."""
     global _current
     _current = thread
     try:
-        yield
+        thread.coroutine.switch()
     finally:
         _current = None

@@ -5,6 +5,8 @@ Dims: as in cuda_prims.py; a warp works on each matrix together. In the simulato
 late, or as soon, as the hardware may let it. Source: PTX ISA 9.0 (mma.sync, ldmatrix, cp.async).
 """
 
+from functools import cache
+
 import numpy as np
 
 from . import cuda_simulator as simulator
@@ -78,25 +80,29 @@ def load_turned_matrices(ir, builder, address):
     return assembly(ir, builder, text, [ir.IntType(32)] * 4, [address], effect=True, memory=True)
 
 
-def _fragments(words, lane, depth):
-    """A (16, depth) and B (depth, 8) of a warp from its lanes' words, and this lane's place."""
-    a_words = depth // 4
-    pairs = np.array(words, np.uint32).view(np.float16).reshape(32, -1, 2).astype(np.float32)
-    a, b = np.zeros((16, depth), np.float32), np.zeros((depth, 8), np.float32)
+@cache
+def _places(depth):
+    """Where the elements of A (16, depth) and B (depth, 8) are among a warp's, which are
+    (32, words, 2): of each word its two halves."""
+    a_words, b_words = depth // 4, depth // 8
+    numbers = np.arange(32 * (a_words + b_words) * 2).reshape(32, -1, 2)
+    a, b = np.zeros((16, depth), int), np.zeros((depth, 8), int)
     for each in range(32):
         row, pair = each // 4, 2 * (each % 4)
         for i in range(a_words):
             column = pair + 8 * (i // 2)
-            a[row + 8 * (i % 2), column : column + 2] = pairs[each, i]
-        for i in range(depth // 8):
-            b[pair + 8 * i : pair + 8 * i + 2, row] = pairs[each, a_words + i]
-    return a, b, lane // 4, 2 * (lane % 4)
+            a[row + 8 * (i % 2), column : column + 2] = numbers[each, i]
+        for i in range(b_words):
+            b[pair + 8 * i : pair + 8 * i + 2, row] = numbers[each, a_words + i]
+    return a, b
 
 
 def _multiply(words, sums, depth):
+    """A lane's two rows of A times its two columns of B."""
     everything, lane = simulator.exchange(words)
-    a, b, row, column = _fragments(everything, lane, depth)
-    product = a[[row, row + 8]] @ b[:, column : column + 2]
+    halves = np.array(everything, np.uint32).view(np.float16).ravel().astype(np.float32)
+    (a, b), row, column = _places(depth), lane // 4, 2 * (lane % 4)
+    product = halves[a[row::8]] @ halves[b[:, column : column + 2]]
     return tuple(np.float32(c + d) for c, d in zip(sums, product.reshape(4), strict=True))
 
 

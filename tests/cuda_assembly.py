@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -17,6 +18,8 @@ CAPABILITIES = ((7, 5), (8, 0), (9, 0))
 SHARED = {(7, 5): 64 << 10, (8, 0): 99 << 10, (9, 0): 227 << 10}
 """Bytes of shared memory that a block may have, the least of the GPUs of a generation."""
 REGISTERS = 65536  # of a multiprocessor
+SHARED_MEMORY = ".extern .shared .align 16 .b8 shared_memory[];\n"
+"""Kernels that use it declare it, each of them."""
 DOUBLES = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "MUFU.RCP64H", "MUFU.RSQ64H")
 
 
@@ -35,10 +38,10 @@ class Assembly:
         return sum(n for name, n in self.instructions.items() if name.startswith(starts))
 
 
-def faults(kernel: CudaKernel, capability: tuple[int, int]) -> list[str]:
+def faults(kernel: CudaKernel, made: Assembly, capability: tuple[int, int]) -> list[str]:
     """What no kernel should have: arithmetic of doubles, which a literal that is not wrapped makes;
     registers kept in memory; more of anything than a multiprocessor has."""
-    made, found = assembly(kernel, capability), []
+    found = []
     if ".f64" in made.ptx:
         found.append("PTX of doubles")
     if made.count(*DOUBLES) or any(".F64" in name for name in made.instructions):
@@ -98,18 +101,56 @@ def can_assemble() -> bool:
     return bool(find_spec("numba_cuda") and tool("ptxas") and tool("nvdisasm"))
 
 
-@cache
-def assembly(kernel: CudaKernel, capability: tuple[int, int]) -> Assembly:
-    """The machine code of a kernel, which is made once."""
-    ptx = kernel.ptx(capability)
+def assemblies(kernels: Iterable[CudaKernel], capability: tuple[int, int]) -> dict[str, Assembly]:
+    """The machine code of kernels for a GPU, by their names.
+
+    The disassembler takes longer to begin than to read a kernel, so all kernels are one file to
+    it: one for each way in which PTX begins, which says for what GPUs it is.
+    """
+    bodies: dict[str, dict[str, str]] = {}
+    for kernel in kernels:
+        ptx = kernel.ptx(capability)
+        head, body = re.split(r"(?<=^\.address_size 64\n)", ptx, maxsplit=1, flags=re.MULTILINE)
+        head = "".join(line for line in head.splitlines(True) if line.startswith("."))
+        bodies.setdefault(head, {})[kernel.name] = body
+    return {
+        name: made
+        for head, those in bodies.items()
+        for name, made in _assembled(head, those, capability).items()
+    }
+
+
+def _assembled(
+    head: str, bodies: dict[str, str], capability: tuple[int, int]
+) -> dict[str, Assembly]:
+    """PTX without its beginning -> machine code, both by the names of kernels."""
+    declared = SHARED_MEMORY if any(SHARED_MEMORY in body for body in bodies.values()) else ""
+    arguments = f"-arch=sm_{capability[0]}{capability[1]}", "-v"
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "k.ptx"), Path(folder, "k.cubin")
-        source.write_text(ptx)
-        said = _run(
-            "ptxas", f"-arch=sm_{capability[0]}{capability[1]}", "-v", str(source),
-            "-o", str(binary),
-        )  # fmt: skip
-        code = _run("nvdisasm", "-c", str(binary))
+        together = "".join(body.replace(SHARED_MEMORY, "") for body in bodies.values())
+        source.write_text(head + declared + together)
+        status, said = _run("ptxas", *arguments, str(source), "-o", str(binary))
+        if status and len(bodies) > 1:  # whose fault it is
+            for name, body in bodies.items():
+                _assembled(head, {name: body}, capability)
+        assert status == 0, f"{', '.join(bodies)}: {said}"
+        status, code = _run("nvdisasm", "-c", str(binary))
+        assert status == 0, code
+    reports = _by_name(r"^ptxas info\s+: Compiling entry function '(\w+)'", said)
+    codes = _by_name(r"^//-+ \.text\.(\w+)\s+-+$", code)
+    assert reports.keys() == codes.keys() == bodies.keys(), said
+    return {name: _read(head + body, reports[name], codes[name]) for name, body in bodies.items()}
+
+
+def _by_name(title: str, text: str) -> dict[str, str]:
+    """What follows each line with a name in it, up to the next one."""
+    _, *parts = re.split(title, text, flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _read(ptx: str, said: str, code: str) -> Assembly:
+    """One kernel's machine code, of what the assembler and the disassembler say about it."""
 
     def number(pattern: str) -> int:
         found = re.search(pattern, said)
@@ -124,9 +165,8 @@ def assembly(kernel: CudaKernel, capability: tuple[int, int]) -> Assembly:
     )  # fmt: skip
 
 
-def _run(name: str, *arguments: str) -> str:
+def _run(name: str, *arguments: str) -> tuple[int, str]:
     path = tool(name)
     assert path is not None
     done = subprocess.run([path, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from cuda_assembly import (
     CAPABILITIES,
-    assembly,
+    Assembly,
+    assemblies,
     can_assemble,
     faults,
     faults_of_products,
@@ -40,21 +42,27 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@cache
+def of_all(capability: tuple[int, int]) -> dict[str, Assembly]:
+    able = [kernel for kernel in KERNELS.values() if capability >= kernel.since]
+    return assemblies(able, capability)
+
+
 @pytest.mark.parametrize(("name", "capability"), BOTH)
 def test_a_kernel_is_lean(name: str, capability: tuple[int, int]) -> None:
-    assert faults(KERNELS[name], capability) == []
+    assert faults(KERNELS[name], of_all(capability)[name], capability) == []
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("gemv") and n.endswith("_1")])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_decoding_loads_weights_16_bytes_at_a_time(name: str, capability: tuple[int, int]) -> None:
-    assert faults_of_streaming(assembly(KERNELS[name], capability)) == []
+    assert faults_of_streaming(of_all(capability)[name]) == []
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("gemm_f16", "prefill"))])
 def test_products_of_many_rows_use_tensor_cores(name: str) -> None:
-    kernel = KERNELS[name]
-    assert faults_of_products(assembly(kernel, NEWEST), kernel.since >= (8, 0)) == []
+    asynchronous = KERNELS[name].since >= (8, 0)
+    assert faults_of_products(of_all(NEWEST)[name], asynchronous) == []
 
 
 def test_kernels_that_are_made_on_demand_are_among_them() -> None:
@@ -93,18 +101,20 @@ BAD = {
 
 @pytest.mark.parametrize("wanted", BAD)
 def test_a_bad_kernel_is_told(wanted: str) -> None:
-    found = ", ".join(faults(BAD[wanted], NEWEST))
+    kernel = BAD[wanted]
+    made = assemblies([kernel], NEWEST)[kernel.name]
+    found = ", ".join(faults(kernel, made, NEWEST))
     assert re.fullmatch(rf"\d* ?{wanted}", found), found
 
 
 def test_small_loads_and_idle_tensor_cores_are_told() -> None:
-    assert faults_of_streaming(assembly(KERNELS["rows_f16"], NEWEST)) == [
-        "fewer than three loads of 16 bytes"
-    ]
-    assert "conversions of integers" in faults_of_streaming(assembly(KERNELS["rows_i8"], NEWEST))
-    assert faults_of_products(assembly(KERNELS["gemv_f16_1"], NEWEST), True) == [
+    newest = of_all(NEWEST)
+    assert faults_of_streaming(newest["rows_f16"]) == ["fewer than three loads of 16 bytes"]
+    assert "conversions of integers" in faults_of_streaming(newest["rows_i8"])
+    assert faults_of_products(newest["gemv_f16_1"], True) == [
         "fewer than sixteen products of tensor cores", "fewer than eight loads of small matrices",
         "fewer than eight asynchronous copies",
     ]  # fmt: skip
-    older = assembly(KERNELS["gemm_f16_75"], NEWEST)
-    assert faults_of_products(older, True) == ["fewer than eight asynchronous copies"]
+    assert faults_of_products(newest["gemm_f16_75"], True) == [
+        "fewer than eight asynchronous copies"
+    ]

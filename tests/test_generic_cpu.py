@@ -9,6 +9,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -55,41 +57,50 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compiled_for(name: str, cache: Path, *command: str) -> str:
+Caches = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Caches:
+    """For each processor a folder of compiled kernels, which its tests share."""
+    return cache(tmp_path_factory.mktemp)
+
+
+def compiled_for(name: str, caches: Caches, *command: str) -> str:
     features, host = TARGETS[name], llvm.get_host_cpu_features()
     if missing := [f for f in features if f[0] == "+" and not host.get(f[1:])]:
         pytest.skip(f"this processor has no {', '.join(missing)}")
     done = subprocess.run(
         [sys.executable, "-W", "error", *command], cwd=HERE.parent, text=True,
-        capture_output=True, timeout=240,
+        capture_output=True, timeout=480,
         env={**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ",".join(features),
-             "ONNXSTREAM_CACHE": str(cache)},
+             "ONNXSTREAM_CACHE": str(caches(name))},
     )  # fmt: skip
     assert done.returncode == 0, f"rc {done.returncode}\n" + (done.stdout + done.stderr)[-4000:]
     return done.stdout
 
 
 @pytest.mark.parametrize("name", ["x86-64-v3", "x86-64"])
-def test_products_and_attention(name: str, tmp_path: Path) -> None:
-    out = compiled_for(name, tmp_path, str(HERE / "kernel_sample.py"), "few")
+def test_products_and_attention(name: str, caches: Caches) -> None:
+    out = compiled_for(name, caches, str(HERE / "kernel_sample.py"), "few")
     names = ("products", "panels", "parts", "attention")
     assert out.splitlines() == [f"{name} {threads}" for threads in (1, 2) for name in names]
 
 
 @pytest.mark.parametrize("name", ["haswell", "x86-64"])
-def test_primitives(name: str, tmp_path: Path) -> None:
+def test_primitives(name: str, caches: Caches) -> None:
     pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_vector.py"))
-    out = compiled_for(name, tmp_path, *pytest_run)
+    out = compiled_for(name, caches, *pytest_run)
     assert " passed" in out and "failed" not in out
 
 
 @pytest.mark.parametrize("name", ["x86-64-v3", "x86-64"])
-def test_quads_without_the_instruction(name: str, tmp_path: Path) -> None:
+def test_quads_without_the_instruction(name: str, caches: Caches) -> None:
     pytest_run = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_quads.py"))
-    out = compiled_for(name, tmp_path, *pytest_run)
+    out = compiled_for(name, caches, *pytest_run)
     assert " passed" in out and "failed" not in out
 
 
-def test_nothing_is_packed_or_rounded_without_the_instructions(tmp_path: Path) -> None:
-    out = compiled_for("x86-64-v3", tmp_path, "-c", UNPACKED)
+def test_nothing_is_packed_or_rounded_without_the_instructions(caches: Caches) -> None:
+    out = compiled_for("x86-64-v3", caches, "-c", UNPACKED)
     assert out.split() == 2 * ["False", "RamProvider", "rows", "near"]
