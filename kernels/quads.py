@@ -179,9 +179,10 @@ def _twin_largest(p):
 @primitive(f32, address, twin=_twin_largest)
 def largest32(b, p):
     """The largest magnitude of 32 floats, NaN when one is not finite."""
-    count = vector_of(I32, 32)
-    bits = b.and_(load(b, p, count), constant(0x7FFFFFFF, count))  # in order as integers, too
-    most = call(b, "llvm.vector.reduce.smax.v32i32", I32, [bits])
+    parts = [b.bitcast(load(b, b.add(p, ir.Constant(I64, i)), VF32), VI32) for i in (0, 64)]
+    low, high = (b.and_(part, constant(0x7FFFFFFF, VI32)) for part in parts)
+    larger = call(b, "llvm.smax.v16i32", VI32, [low, high])  # in order as integers, too
+    most = call(b, "llvm.vector.reduce.smax.v16i32", I32, [larger])
     finite = b.icmp_signed("<", most, ir.Constant(I32, 0x7F800000))
     return b.bitcast(b.select(finite, most, ir.Constant(I32, 0x7FC00000)), FLOAT)
 
