@@ -61,10 +61,9 @@ def quantize(x, k, records, step):
 
 @jit
 def clear(records, k, step):
-    """(K / 32,) records of no row."""
+    """(K / 32,) records of no row, zeros."""
     for g in range(k >> 5):
-        for part in range(0, RECORD, 64):
-            store_f32(records + step * g + part, zero())
+        store_f32(records + step * g, zero())  # a vector is as long
 
 
 @kernel
@@ -74,15 +73,13 @@ def quantize_bytes(args, thread, threads):
 
     args: X, stride, records, M, K, rows a block.
     """
-    x, stride, records, m, k, most = (
-        arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
-    )  # fmt: skip
+    x, stride, records = arg(args, 0), arg(args, 1), arg(args, 2)
+    m, k, most = arg(args, 3), arg(args, 4), arg(args, 5)
     whole = (m + ROWS - 1) // ROWS * ROWS
     start, stop = share(whole, ROWS, thread, threads)
     for i in range(start, stop):
         first = i // most * most
-        rows = min(most, whole - first)
-        out = records + RECORD * (first * (k >> 5) + i - first)
+        out, rows = records + RECORD * (first * (k >> 5) + i - first), min(most, whole - first)
         if i < m:
             quantize(x + stride * i, k, out, RECORD * rows)
         else:
@@ -204,8 +201,8 @@ def begin_rows(out, y, stride, rows, whole, n, onto):
     """out (whole, PANELS, 16) = 0, or the `rows` rows at y that the product is added to."""
     for r in range(whole):
         for p in range(PANELS):
-            where, left = y + stride * r + 64 * p, n - 16 * p if r < rows else 0
-            begin(out + ROW_BYTES * r + 64 * p, where, left, onto)
+            left = n - 16 * p if r < rows else 0
+            begin(out + ROW_BYTES * r + 64 * p, y + stride * r + 64 * p, left, onto)
 
 
 @jit
@@ -213,8 +210,7 @@ def two_panels(token, one, two, nbytes, x, groups, rows, out):
     """Two panels of `nbytes` times records (groups, rows), added to out (rows, PANELS, 16)."""
     each = nbytes // groups
     for g in range(groups):
-        ahead = each * g + AHEAD
-        for line in range(ahead, ahead + each, 64):
+        for line in range(each * g + AHEAD, each * (g + 1) + AHEAD, 64):
             prefetch(one + line)
             prefetch(two + line)
         add_two(token, one, two, g, x + RECORD * rows * g, rows, out)
