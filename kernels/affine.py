@@ -138,16 +138,29 @@ def add_group(q, unit, zeros, flags, x, rows, out):
 
 
 @inline
-def add_affine4(panel, g, x, rows, out):
+def read_affine4(panel, g):
+    """Quads, the addresses of the unit and of its zero points, what the head says of units."""
     unit, zeros, quads, i, flags = unit_of(panel, g)
-    add_group(load_split_quads(quads + 256 * i), unit, zeros, flags, x, rows, out)
+    return load_split_quads(quads + 256 * i), unit, zeros, flags
+
+
+@inline
+def add_affine4(panel, g, x, rows, out):
+    q, unit, zeros, flags = read_affine4(panel, g)
+    add_group(q, unit, zeros, flags, x, rows, out)
+
+
+@inline
+def read_affine8(panel, g):
+    unit, zeros, quads, i, flags = unit_of(panel, g)
+    return load_quads(quads + 512 * i), unit, zeros, flags
 
 
 @inline
 def add_affine8(panel, g, x, rows, out):
-    unit, zeros, quads, i, flags = unit_of(panel, g)
-    add_group(load_quads(quads + 512 * i), unit, zeros, flags, x, rows, out)
+    q, unit, zeros, flags = read_affine8(panel, g)
+    add_group(q, unit, zeros, flags, x, rows, out)
 
 
-AFFINE4 = PanelEncoding("affine4_panels", 1, 1, 0, add_affine4, None)
-AFFINE8 = PanelEncoding("affine8_panels", 1, 1, 0, add_affine8, None)
+AFFINE4 = PanelEncoding("affine4_panels", 1, 1, 0, add_affine4, None, read_affine4, "above")
+AFFINE8 = PanelEncoding("affine8_panels", 1, 1, 0, add_affine8, None, read_affine8, "above")

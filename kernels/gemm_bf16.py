@@ -14,7 +14,6 @@ out is below 2 ** -15 of the product.
 
 from ..registry import register_kernel
 from . import gemm as exact
-from . import panel_products
 from .encoding import element, unpack
 from .gemm import BLOCK, begin_products
 from .jit import Kernel, arg, inline, jit, kernel, share
@@ -246,12 +245,11 @@ def gemm_split_columns_bfloat16(args, thread, threads):
 
 def _choose(precision, kind, wanted):
     """Register what runs at a precision: `kind` where it is wanted and there is one."""
-    for module in (exact, panel_products):
-        for found in [f for f in vars(module).values() if isinstance(f, Kernel)]:
-            product, _, rest = found.name.partition("_")
-            if product == "gemm":
-                better = globals().get(f"gemm_{kind}_{rest}", found)
-                register_kernel(f"gemm_{precision}_{rest}", better if wanted else found)
+    for found in [f for f in vars(exact).values() if isinstance(f, Kernel)]:
+        product, _, rest = found.name.partition("_")
+        if product == "gemm":
+            better = globals().get(f"gemm_{kind}_{rest}", found)
+            register_kernel(f"gemm_{precision}_{rest}", better if wanted else found)
 
 
 _choose("fast", "bf16", SUPPORTED)

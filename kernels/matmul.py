@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ShapeError, UnsupportedError
 from ..registry import kernels, op
-from . import gemm_bf16, gemv
+from . import gemm_bf16, gemv, panel_gemm
 from .buffers import contiguous, empty
 from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .joined import Flow
@@ -152,7 +152,8 @@ def _many(x, weight, out, room):
     """X is packed first: for a matrix in row order once for all of its tiles."""
     (m, x_step), (k, n), begin = (len(x), x.strides[0]), weight.shape, _begin(weight)
     packed, by_columns = weight.order == "panels", weight.order == "columns"
-    kernel = _kernel(f"gemm_{precision()}", weight)
+    kind = "exact" if packed and m <= FEW_ROWS else precision()  # each of a few is as if alone
+    kernel = _kernel(f"gemm_{kind}", weight)
     pack, nbytes, working, most = _layout(kernel, weight, m, k)
     left, kept, fresh = room(nbytes, pack)
     scratch, each, held = team().scratch(working)
@@ -171,6 +172,9 @@ def _many(x, weight, out, room):
 
 def _layout(kernel, weight, m, k):
     """What packs X, bytes of it packed, bytes a thread works in, rows of X a block of panels."""
+    if kernel.name.startswith("gemm_bytes_"):
+        most, records = panel_gemm.block_rows(k), panel_gemm.record_bytes(m, k)
+        return panel_gemm.quantize_bytes, records, panel_gemm.scratch_bytes(most), (most,)
     if weight.order == "panels":
         most = block_rows(m, k)
         return quantize_rows, RECORD * m * (k // 32), 64 * most, (most,)

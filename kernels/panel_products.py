@@ -13,13 +13,10 @@ from .affine import AFFINE4, AFFINE8
 from .jit import arg, inline, jit, kernel, share
 from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
 from .quads import (
-    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, poke_i32,
-    quantize16,
+    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, largest32,
+    poke_i32, quantize16,
 )  # fmt: skip
-from .vector import (
-    absolute, add, load_f32, load_f32_n, max_lanes, maximum, mul, poke_f32, prefetch, store_f32,
-    store_f32_n, sum_lanes, zero,
-)  # fmt: skip
+from .vector import load_f32, load_f32_n, poke_f32, prefetch, store_f32, store_f32_n, zero
 
 LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
 ROWS = 16  # of W a panel
@@ -32,24 +29,27 @@ def block_rows(m, k):
     return max(1, min(m, BLOCK_BYTES // (RECORD * (k // 32))))
 
 
+@inline
+def put_fields(record, scale, first, last):
+    """The fields of a record, of its scale and the sums of its first 16 integers and its last."""
+    poke_f32(record + SCALE, scale)
+    poke_f32(record + SUM, scale * (first + last))
+    poke_i32(record + MINUS_8, -8 * (first + last))
+    poke_i32(record + MINUS_128, -128 * (first + last))
+    poke_i32(record + MINUS_32_FIRST, -32 * first)
+    poke_i32(record + MINUS_32_LAST, -32 * last)
+    poke_i32(record + ZERO, 0)
+
+
 @jit
 def quantize(x, k, records, step):
     """x (K,) float32 -> (K / 32,) records, `step` bytes apart."""
     for g in range(k >> 5):
         p, out = x + 128 * g, records + step * g
-        largest = max_lanes(maximum(absolute(load_f32(p)), absolute(load_f32(p + 64))))
-        # What is not finite must reach the result: 0 x is then NaN, and with it the scale.
-        marks = add(mul(load_f32(p), zero()), mul(load_f32(p + 64), zero()))
-        scale = largest / LIMIT + sum_lanes(marks)
+        largest = largest32(p)  # NaN when something is not finite: that must reach the result
         inverse = LIMIT / largest if largest > LEAST else np.float32(0)
         first, last = quantize16(p, inverse, out), quantize16(p + 64, inverse, out + 16)
-        poke_f32(out + SCALE, scale)
-        poke_f32(out + SUM, scale * (first + last))
-        poke_i32(out + MINUS_8, -8 * (first + last))
-        poke_i32(out + MINUS_128, -128 * (first + last))
-        poke_i32(out + MINUS_32_FIRST, -32 * first)
-        poke_i32(out + MINUS_32_LAST, -32 * last)
-        poke_i32(out + ZERO, 0)
+        put_fields(out, largest / LIMIT, first, last)
 
 
 @kernel

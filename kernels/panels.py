@@ -35,11 +35,15 @@ from .vector import (
 
 
 class PanelEncoding(Token):
-    """A block encoding's panels: groups a block, groups a unit, bytes a unit of 16 rows."""
+    """A block encoding's panels: groups a block, groups a unit, bytes a unit of 16 rows.
 
-    def __init__(self, name, block, unit, unit_bytes, add, pack):
+    `read(panel, g)` gives a group's quads and its scales, `form` names how they are multiplied
+    (panel_gemm.py), and `start` is the field of a record that their sum starts with.
+    """
+
+    def __init__(self, name, block, unit, unit_bytes, add, pack, read, form, start=ZERO):
         self.name, self.block, self.unit, self.unit_bytes = name, block, unit, unit_bytes
-        self.add, self.pack = add, pack
+        self.add, self.pack, self.read, self.form, self.start = add, pack, read, form, start
 
     def panel_bytes(self, k):
         """Bytes of a panel of K inputs."""
@@ -66,23 +70,40 @@ def add_affine(q, scale, offset, x, rows, out):
 
 
 @inline
-def add_q8_0(panel, g, x, rows, out):
+def read_q8_0(panel, g):
     unit, i = panel + 1088 * (g >> 1), g & 1
-    add_scaled(load_quads(unit + 64 + 512 * i), load_f16(unit + 32 * i), MINUS_128, x, rows, out)
+    return load_quads(unit + 64 + 512 * i), load_f16(unit + 32 * i)
+
+
+@inline
+def add_q8_0(panel, g, x, rows, out):
+    q, scale = read_q8_0(panel, g)
+    add_scaled(q, scale, MINUS_128, x, rows, out)
+
+
+@inline
+def read_q4_0(panel, g):
+    unit, i = panel + 576 * (g >> 1), g & 1
+    return load_split_quads(unit + 64 + 256 * i), load_f16(unit + 32 * i)
 
 
 @inline
 def add_q4_0(panel, g, x, rows, out):
-    unit, i = panel + 576 * (g >> 1), g & 1
-    q = load_split_quads(unit + 64 + 256 * i)
-    add_scaled(q, load_f16(unit + 32 * i), MINUS_8, x, rows, out)
+    q, scale = read_q4_0(panel, g)
+    add_scaled(q, scale, MINUS_8, x, rows, out)
+
+
+@inline
+def read_q4_1(panel, g):
+    unit, i = panel + 640 * (g >> 1), g & 1
+    q = load_split_quads(unit + 128 + 256 * i)
+    return q, load_f16(unit + 32 * i), load_f16(unit + 64 + 32 * i)
 
 
 @inline
 def add_q4_1(panel, g, x, rows, out):
-    unit, i = panel + 640 * (g >> 1), g & 1
-    q = load_split_quads(unit + 128 + 256 * i)
-    add_affine(q, load_f16(unit + 32 * i), load_f16(unit + 64 + 32 * i), x, rows, out)
+    q, scale, offset = read_q4_1(panel, g)
+    add_affine(q, scale, offset, x, rows, out)
 
 
 @inline
@@ -93,29 +114,46 @@ def k_affine(unit, i):
 
 
 @inline
-def add_q4_k(panel, g, x, rows, out):
+def read_q4_k(panel, g):
     unit, i = panel + 2368 * (g >> 3), g & 7
     q = load_nibble_quads(unit + 320 + 512 * (i >> 1), 4 * (i & 1))
     scale, offset = k_affine(unit, i)
+    return q, scale, offset
+
+
+@inline
+def add_q4_k(panel, g, x, rows, out):
+    q, scale, offset = read_q4_k(panel, g)
     add_affine(q, scale, offset, x, rows, out)
+
+
+@inline
+def read_q5_k(panel, g):
+    unit, i = panel + 2880 * (g >> 3), g & 7
+    q = load_nibble_quads(unit + 320 + 512 * (i >> 1), 4 * (i & 1))
+    scale, offset = k_affine(unit, i)
+    return with_bit(q, unit + 2368, i), scale, offset
 
 
 @inline
 def add_q5_k(panel, g, x, rows, out):
-    unit, i = panel + 2880 * (g >> 3), g & 7
-    q = load_nibble_quads(unit + 320 + 512 * (i >> 1), 4 * (i & 1))
-    q = with_bit(q, unit + 2368, i)
-    scale, offset = k_affine(unit, i)
+    q, scale, offset = read_q5_k(panel, g)
     add_affine(q, scale, offset, x, rows, out)
 
 
 @inline
-def add_q6_k(panel, g, x, rows, out):
+def read_q6_k(panel, g):
+    """Quads, and the scales of the first 16 elements and of the last."""
     unit, half, i = panel + 3392 * (g >> 3), (g & 7) >> 2, g & 3
     q = load_nibble_quads(unit + 320 + 1024 * half + 512 * (i & 1), 4 * (i >> 1))
-    q = with_two_bits(q, unit + 2368 + 512 * half, 2 * i)
     d, scales = load_f16(unit), unit + 64 + 32 * (g & 7)
     first, last = mul(d, load_i8(scales)), mul(d, load_i8(scales + 16))
+    return with_two_bits(q, unit + 2368 + 512 * half, 2 * i), first, last
+
+
+@inline
+def add_q6_k(panel, g, x, rows, out):
+    q, first, last = read_q6_k(panel, g)
     for r in range(rows):
         record, total = x + RECORD * r, out + 64 * r
         factor = splat(peek_f32(record + SCALE))
@@ -194,12 +232,12 @@ def pack_q6_k(row, i, panel, lane):
     move_words(block + 128, 16, unit + 2368 + 4 * lane)
 
 
-Q8_0 = PanelEncoding("q8_0_panels", 1, 2, 1088, add_q8_0, pack_q8_0)
-Q4_0 = PanelEncoding("q4_0_panels", 1, 2, 576, add_q4_0, pack_q4_0)
-Q4_1 = PanelEncoding("q4_1_panels", 1, 2, 640, add_q4_1, pack_q4_1)
-Q4_K = PanelEncoding("q4_k_panels", 8, 8, 2368, add_q4_k, pack_q4_k)
-Q5_K = PanelEncoding("q5_k_panels", 8, 8, 2880, add_q5_k, pack_q5_k)
-Q6_K = PanelEncoding("q6_k_panels", 8, 8, 3392, add_q6_k, pack_q6_k)
+Q8_0 = PanelEncoding("q8_0_panels", 1, 2, 1088, add_q8_0, pack_q8_0, read_q8_0, "scaled", MINUS_128)
+Q4_0 = PanelEncoding("q4_0_panels", 1, 2, 576, add_q4_0, pack_q4_0, read_q4_0, "scaled", MINUS_8)
+Q4_1 = PanelEncoding("q4_1_panels", 1, 2, 640, add_q4_1, pack_q4_1, read_q4_1, "offset")
+Q4_K = PanelEncoding("q4_k_panels", 8, 8, 2368, add_q4_k, pack_q4_k, read_q4_k, "offset")
+Q5_K = PanelEncoding("q5_k_panels", 8, 8, 2880, add_q5_k, pack_q5_k, read_q5_k, "offset")
+Q6_K = PanelEncoding("q6_k_panels", 8, 8, 3392, add_q6_k, pack_q6_k, read_q6_k, "halves")
 
 
 def add_group(token, panel, g, x, rows, out):

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from .simd import (
-    I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
+    FLOAT, I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
     f32x16, host_has, load, primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
@@ -93,7 +93,7 @@ def _operands(b, q, x):
     return [q, x] if llvm.llvm_version_info < (21,) else [b.bitcast(v, BYTES) for v in (q, x)]
 
 
-def _four_products(b, total, q, x):
+def four_products(b, total, q, x):
     """total (16,) int32 plus, in each row, four products of a byte of q with one of x."""
     if SUPPORTED:
         return call(b, "llvm.x86.avx512.vpdpbusd.512", VI32, [total, *_operands(b, q, x)])
@@ -120,7 +120,7 @@ def _sum_of_products(b, q, record, first, last, start):
         for part in range(2):
             where = b.add(record, ir.Constant(I64, 32 * part + 4 * j))
             x = broadcast(b, load(b, where, I32), VI32)
-            sums[part] = _four_products(b, sums[part], quad, x)
+            sums[part] = four_products(b, sums[part], quad, x)
     return b.sitofp(b.add(b.shl(sums[0], constant(7, VI32)), sums[1]), VF32)
 
 
@@ -169,6 +169,22 @@ dot_above = _dot_above(0, 8, MINUS_8, 3, "dot_above")
 dot_above_first = _dot_above(0, 4, MINUS_32_FIRST, 5, "dot_above_first")
 dot_above_last = _dot_above(4, 8, MINUS_32_LAST, 5, "dot_above_last")
 """The same for the first 16 elements, and for the last."""
+
+
+def _twin_largest(p):
+    magnitudes = np.abs(read_memory(p, np.float32, 32))
+    return magnitudes.max() if np.isfinite(magnitudes).all() else np.float32(np.nan)
+
+
+@primitive(f32, address, twin=_twin_largest)
+def largest32(b, p):
+    """The largest magnitude of 32 floats, NaN when one is not finite."""
+    parts = [b.bitcast(load(b, b.add(p, ir.Constant(I64, i)), VF32), VI32) for i in (0, 64)]
+    low, high = (b.and_(part, constant(0x7FFFFFFF, VI32)) for part in parts)
+    larger = call(b, "llvm.smax.v16i32", VI32, [low, high])  # in order as integers, too
+    most = call(b, "llvm.vector.reduce.smax.v16i32", I32, [larger])
+    finite = b.icmp_signed("<", most, ir.Constant(I32, 0x7F800000))
+    return b.bitcast(b.select(finite, most, ir.Constant(I32, 0x7FC00000)), FLOAT)
 
 
 ROUND = 1.5 * 2.0**23

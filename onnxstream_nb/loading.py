@@ -54,7 +54,7 @@ def logit_chunk(graph: Graph) -> int:
 
 def prompt_precision(graph: Graph) -> str:
     """What `auto` means: "fast" when a prompt meets plain floats, which bfloat16 rounds; "exact"
-    for block encodings, whose products are in integers at either precision."""
+    for block encodings, whose fast products round activations to 8 bits instead of 15."""
     plain = ("raw", "float32", "float16", "bfloat16")
     return "fast" if all(r.encoding in plain for r in _prompt_matrices(graph)) else "exact"
 

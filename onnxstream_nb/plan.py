@@ -242,6 +242,8 @@ def _kernels(step: Step, graph: Graph, packed: Container[str], precision: str) -
         if panels:
             for ref in step.weights:
                 names += pack_kernels(ref) if ref.key in to_pack else ()
+                if precision == "fast":  # a few rows are as exact as one
+                    names += [f"gemm_exact_panels_{ref.encoding}", "quantize_bytes"]
             names.append("quantize_rows")
         if not step.weights:  # arrays are float32 in the order they come in
             names.append(template.format(encoding="float32", order="columns"))

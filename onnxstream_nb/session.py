@@ -75,13 +75,13 @@ class Session:
     on the budget: it becomes the attribute; `cache` is what one takes on a GPU. `threads` defaults
     to the physical cores; `precision` says how products of many rows are computed: "exact" as in
     float32 (block encodings with 15-bit activations; in AMX tiles to 2 ** -15, and an infinity may
-    become NaN), "fast" in bfloat16 where the processor has it. With the `device` "cuda" matrices
-    lie on a GPU, as many as fit the budget `cuda`: bytes, a text such as "4GB", or "auto" for what
-    it has; with "all" the whole model and what it computes do, if they fit. Where there is no GPU,
-    the CPU is used, and the log says so. `optimize=False` runs the graph as it stands. With
-    `packed`, a folder, weights that have panels are kept there packed, for the next start and for
-    streaming. `progress(text, fraction)` is told what takes long, above all the first compilation
-    of kernels.
+    become NaN), "fast" in bfloat16 (block encodings with 8-bit activations) where the processor
+    has it. With the `device` "cuda" matrices lie on a GPU, as many as fit the budget `cuda`: bytes,
+    a text such as "4GB", or "auto" for what it has; with "all" the whole model and what it computes
+    do, if they fit. Where there is no GPU, the CPU is used, and the log says so. `optimize=False`
+    runs the graph as it stands. With `packed`, a folder, weights that have panels are kept there
+    packed, for the next start and for streaming. `progress(text, fraction)` is told what takes
+    long, above all the first compilation of kernels.
 
     Raises ModelError for a damaged or unsafe file, UnsupportedError naming what is not supported,
     MemoryBudgetError when the budget cannot be kept, UsageError for a bad argument.

@@ -24,12 +24,14 @@ from onnxstream_nb import spill  # noqa: E402
 from onnxstream_nb.kernels.attention import attention_23  # noqa: E402
 from onnxstream_nb.kernels.matmul import matmul  # noqa: E402
 from onnxstream_nb.kernels.norm import layer_normalization, rms_normalization  # noqa: E402
+from onnxstream_nb.kernels.panel_tiles import LIMIT  # noqa: E402
 from onnxstream_nb.kernels.rope import rotary_embedding  # noqa: E402
 from onnxstream_nb.kernels.rounding import round_to_blocks, round_with_feedback  # noqa: E402
-from onnxstream_nb.kernels.threads import set_threads, team  # noqa: E402
+from onnxstream_nb.kernels.threads import set_precision, set_threads, team  # noqa: E402
 from onnxstream_nb.kvcache import KVSlot  # noqa: E402
 from onnxstream_nb.registry import kernels  # noqa: E402
 from onnxstream_nb.session import Session  # noqa: E402
+from onnxstream_nb.weights import Weight  # noqa: E402
 
 RNG = np.random.default_rng(5)
 
@@ -84,6 +86,18 @@ def panels(encodings: tuple[str, ...]) -> None:
             y = matmul(x, weight)
             oracles.assert_product(y, x, dense.values.T, packed=True)
             panel_oracles.assert_integer_product(y, x, dense)
+        x = normal(9, k)
+        panel_oracles.assert_integer_product(fast(x, weight), x, dense, LIMIT)
+
+
+def fast(x: oracles.Array, weight: Weight) -> oracles.Array:
+    """A product of 8 bits of X, whether or not this target profits by it."""
+    name = f"panels_{weight.encoding}"
+    set_precision("fast")
+    with patch.dict(kernels(), {f"gemm_fast_{name}": kernels()[f"gemm_bytes_{name}"]}):
+        y: oracles.Array = matmul(x, weight)
+    set_precision("exact")
+    return y
 
 
 PARTS = (
@@ -107,6 +121,9 @@ def parts(samples: tuple[quantised.Quantised, ...]) -> None:
             oracles.assert_product(y, x, found.dense, packed=True)
             if weight.ref.cut_by_rows:
                 assert np.array_equal(matmul(x, TiledParts(weight)), y)
+        x, dense = normal(9, found.k), found.dense.T
+        known = panel_oracles.Dense(dense, np.abs(dense))
+        panel_oracles.assert_integer_product(fast(x, weight), x, known, LIMIT)
     if samples is not PARTS:
         return
     with Session(TABLE.model, load="ram") as session:

@@ -136,25 +136,26 @@ def _magnitudes(encoding: str, raw: Array) -> Array:
     return decoded(encoding, blocks.reshape(raw.shape))
 
 
-def rounded(x: Array) -> Array:
-    """X (M, K) float32 as a product in integers sees it: 15 bits of each group's largest, float64.
+def rounded(x: Array, limit: int = LIMIT) -> Array:
+    """X (M, K) float32 as a product in integers sees it: integers up to `limit` for each group's
+    largest, of 15 bits or of 8, float64.
 
     Both quotients are float32 numbers; what is multiplied is rounded to the nearest integer.
     Groups up to LEAST count as zeros.
     """
     groups = x.reshape(-1, 32)
     largest = np.abs(groups).max(axis=1, keepdims=True)
-    scale = largest / np.float32(LIMIT)
-    inverse = np.where(largest > LEAST, np.float32(LIMIT) / np.maximum(largest, LEAST), 0)
+    scale = largest / np.float32(limit)
+    inverse = np.where(largest > LEAST, np.float32(limit) / np.maximum(largest, LEAST), 0)
     whole = np.rint(groups * inverse.astype(np.float32))
     result: Array = (whole.astype(np.float64) * scale).reshape(x.shape)
     return result
 
 
-def assert_integer_product(y: Array, x: Array, dense: Dense) -> None:
+def assert_integer_product(y: Array, x: Array, dense: Dense, limit: int = LIMIT) -> None:
     """Y is the product of the rounded X with the dequantised rows, within float32's rounding of
     one term a group and of their sum: K / 32 + 8 roundings of the terms' magnitudes at most."""
-    seen = rounded(x)
+    seen = rounded(x, limit)
     wanted = seen @ dense.values.astype(np.float64).T
     bound = (x.shape[-1] / 32 + 8) * ROUNDING * (np.abs(seen) @ dense.terms.astype(np.float64).T)
     error = np.abs(y.astype(np.float64) - wanted)

@@ -243,6 +243,18 @@ def test_kernels_are_compiled_before_the_first_run(tmp_path: Path) -> None:
     assert as_stored >= rows | {"decode_q4_1"} and not panels & as_stored
 
 
+def test_fast_kernels_are_compiled_beside_those_of_a_few_rows(tmp_path: Path) -> None:
+    graph = TiedModel(tmp_path, "q4_1").graph
+    names = {"gemm_exact_panels_q4_1", "quantize_rows"}
+    fast = {"gemm_fast_panels_q4_1", "quantize_bytes"}
+    with Session(graph, load="ram", precision="fast") as session:
+        assert names | fast <= set(session.plan.panel_kernels)
+        assert not (names | fast) & set(session.plan.kernels)
+    with exact(graph, load="ram") as session:
+        assert names <= set(session.plan.panel_kernels)
+        assert not fast & set(session.plan.panel_kernels)
+
+
 def test_bytes_in_memory_are_packed_too() -> None:
     graph, dense = one_product("q5_k", 256, 35)
     x = np.random.default_rng(0).standard_normal((4, 256), np.float32)

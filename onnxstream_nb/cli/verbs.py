@@ -16,8 +16,8 @@ JSON = Option(("--json",), "print one JSON object and nothing else", truth, defa
 THREADS = Option(("--threads",), "threads; default: the physical cores", whole(1), "N")
 PRECISION = Option(
     ("--precision",),
-    "how a prompt is computed: exact as in float32, fast in bfloat16 where the processor has it;"
-    " default: fast for weights stored as floats, exact for block encodings",
+    "how a prompt is computed: exact as in float32, fast in bfloat16 (block encodings: in 8 bits)"
+    " where the processor has it; default: fast for weights stored as floats, else exact",
     choice("auto", "fast", "exact"),
     "KIND",
     default="auto",
