@@ -11,15 +11,14 @@ import numpy as np
 
 from .affine import AFFINE4, AFFINE8
 from .jit import arg, inline, jit, kernel, share
-from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
+from .panels import (
+    Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block, step_groups,
+)  # fmt: skip
 from .quads import (
-    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, poke_i32,
-    quantize16,
+    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO,
+    largest_magnitude, poke_i32, quantize16,
 )  # fmt: skip
-from .vector import (
-    absolute, add, load_f32, load_f32_n, max_lanes, maximum, mul, poke_f32, prefetch, store_f32,
-    store_f32_n, sum_lanes, zero,
-)  # fmt: skip
+from .vector import load_f32, load_f32_n, poke_f32, prefetch, store_f32, store_f32_n, zero
 
 LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
 ROWS = 16  # of W a panel
@@ -37,10 +36,9 @@ def quantize(x, k, records, step):
     """x (K,) float32 -> (K / 32,) records, `step` bytes apart."""
     for g in range(k >> 5):
         p, out = x + 128 * g, records + step * g
-        largest = max_lanes(maximum(absolute(load_f32(p)), absolute(load_f32(p + 64))))
-        # What is not finite must reach the result: 0 x is then NaN, and with it the scale.
-        marks = add(mul(load_f32(p), zero()), mul(load_f32(p + 64), zero()))
-        scale = largest / LIMIT + sum_lanes(marks)
+        largest = largest_magnitude(p)
+        # What is not finite must reach the result: the difference is then NaN, and so the scale.
+        scale = largest / LIMIT + (largest - largest)
         inverse = LIMIT / largest if largest > LEAST else np.float32(0)
         first, last = quantize16(p, inverse, out), quantize16(p + 64, inverse, out + 16)
         poke_f32(out + SCALE, scale)
@@ -73,10 +71,10 @@ def quantize_rows(args, thread, threads):
 def panel_product(token, panel, nbytes, x, groups, rows, out):
     """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows), added to
     out (rows, 16)."""
-    each = nbytes // groups
-    for g in range(groups):
+    each, step = nbytes // groups, step_groups(token)
+    for g in range(0, groups, step):
         ahead = panel + each * g + AHEAD
-        for line in range(0, each, 64):
+        for line in range(0, each * step, 64):
             prefetch(ahead + line)
         add_group(token, panel, g, x + RECORD * rows * g, rows, out)
 

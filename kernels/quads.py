@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from .simd import (
-    I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
+    FLOAT, I8, I16, I32, I64, VF32, VI8, VI16, VI32, Vector, address, broadcast, call, constant,
     f32x16, host_has, load, primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
@@ -56,36 +56,75 @@ def load_split_quads(b, p):
     return b.shuffle_vector(low, high, ir.Constant(QUADS, list(range(128))))
 
 
-def _shifted(b, p, shift, mask):
-    wide = b.lshr(load(b, p, QUADS), broadcast(b, b.trunc(shift, I32), QUADS))
-    return b.and_(wide, broadcast(b, _nibbles(mask), QUADS))
+@primitive(u8x512, u8x512, twin=lambda q: q & 15)
+def lower_nibbles(b, q):
+    """The lower halves of the bytes of eight quads."""
+    return b.and_(q, broadcast(b, _nibbles(15), QUADS))
 
 
-@primitive(
-    u8x512, address, i64, twin=lambda p, shift: (read_memory(p, np.uint8, 512) >> shift) & 15
-)
-def load_nibble_quads(b, p, shift):
-    """Four bits of each byte of eight quads, from bit `shift` on."""
-    return _shifted(b, p, shift, 15)
+@primitive(u8x512, u8x512, twin=lambda q: q >> 4)
+def upper_nibbles(b, q):
+    """The upper halves."""
+    return b.and_(b.lshr(q, constant(4, QUADS)), broadcast(b, _nibbles(15), QUADS))
 
 
 def _raised(mask, name):
-    def twin(q, p, shift):
-        return q | (((read_memory(p, np.uint8, 512) >> shift) & mask) << 4).astype(np.uint8)
+    def twin(q, bits, shift):
+        return q | (((bits >> shift) & mask) << 4).astype(np.uint8)
 
-    def generate(b, q, p, shift):
-        return b.or_(
-            q, b.shl(_shifted(b, p, shift, mask), broadcast(b, ir.Constant(I32, 4), QUADS))
-        )
+    def generate(b, q, bits, shift):
+        turn = b.and_(b.sub(ir.Constant(I32, 4), b.trunc(shift, I32)), ir.Constant(I32, 31))
+        turned = call(b, "llvm.fshl.v128i32", QUADS, [bits, bits, broadcast(b, turn, QUADS)])
+        return b.or_(q, b.and_(turned, broadcast(b, _nibbles(16 * mask), QUADS)))
 
     generate.__name__ = name
-    return primitive(u8x512, u8x512, address, i64, twin=twin)(generate)
+    return primitive(u8x512, u8x512, u8x512, i64, twin=twin)(generate)
 
 
 with_bit = _raised(1, "with_bit")
-"""q with bit `shift` of each byte of eight quads at p as its fifth bit."""
+"""q with bit `shift` of each byte of eight quads as its fifth bit."""
 with_two_bits = _raised(3, "with_two_bits")
-"""q with two bits of each byte of eight quads at p, from `shift` on, as its fifth and sixth."""
+"""q with two bits of each byte of eight quads, from `shift` on, as its fifth and sixth."""
+
+
+def _six_bits(choose, name):
+    """One of four numbers of 6 bits that 16 rows have in 48 bytes at p (panels.py packs them)."""
+
+    def twin(p):
+        words = read_memory(p, np.uint16, 16).astype(np.int32)
+        return choose(words, read_memory(p + 32, np.uint8, 16).astype(np.int32)).astype(np.float32)
+
+    def generate(b, p):
+        words = b.zext(load(b, p, VI16), VI32)
+        more = b.zext(load(b, b.add(p, ir.Constant(I64, 32)), VI8), VI32)
+        return b.sitofp(choose(_Bits(b, words), _Bits(b, more)).value, VF32)
+
+    generate.__name__ = name
+    return primitive(f32x16, address, twin=twin)(generate)
+
+
+class _Bits:
+    """A (16,) int32 value that understands what NumPy does of shifts and masks."""
+
+    def __init__(self, builder, value):
+        self.builder, self.value = builder, value
+
+    def __rshift__(self, count):
+        return _Bits(self.builder, self.builder.lshr(self.value, constant(count, VI32)))
+
+    def __and__(self, mask):
+        return _Bits(self.builder, self.builder.and_(self.value, constant(mask, VI32)))
+
+    def __or__(self, other):
+        return _Bits(self.builder, self.builder.or_(self.value, other.value))
+
+
+six_bits_0 = _six_bits(lambda words, more: words & 63, "six_bits_0")
+six_bits_1 = _six_bits(lambda words, more: words >> 6 & 63, "six_bits_1")
+six_bits_2 = _six_bits(lambda words, more: more & 63, "six_bits_2")
+six_bits_3 = _six_bits(lambda words, more: words >> 12 | more >> 2 & 48, "six_bits_3")
+"""The four numbers of each row as floats (16,): three and 2 bits of the last, then 4 bits of it
+above 12 of the others."""
 
 
 def _operands(b, q, x):
@@ -169,6 +208,21 @@ dot_above = _dot_above(0, 8, MINUS_8, 3, "dot_above")
 dot_above_first = _dot_above(0, 4, MINUS_32_FIRST, 5, "dot_above_first")
 dot_above_last = _dot_above(4, 8, MINUS_32_LAST, 5, "dot_above_last")
 """The same for the first 16 elements, and for the last."""
+
+
+def _twin_magnitude(p):
+    bits = read_memory(p, np.int32, 32) & 0x7FFFFFFF
+    return bits.max(keepdims=True).view(np.float32)[0]
+
+
+@primitive(f32, address, twin=_twin_magnitude)
+def largest_magnitude(b, p):
+    """The largest |x| of 32 floats, not a number if one of them is not: as integers, which order
+    magnitudes alike and are compared side by side, where floats would be one after the other."""
+    bits = [load(b, b.add(p, ir.Constant(I64, 64 * i)), VI32) for i in range(2)]
+    first, last = (b.and_(part, constant(0x7FFFFFFF, VI32)) for part in bits)
+    larger = b.select(b.icmp_signed(">", first, last), first, last)
+    return b.bitcast(call(b, "llvm.vector.reduce.smax.v16i32", I32, [larger]), FLOAT)
 
 
 ROUND = 1.5 * 2.0**23
