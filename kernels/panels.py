@@ -37,11 +37,12 @@ from .vector import (
 
 
 class PanelEncoding(Token):
-    """A block encoding's panels: groups a block, groups that `add` adds, bytes of 16 blocks."""
+    """A block encoding's panels: groups a block, groups that `add` adds, bytes of 16 blocks, how
+    many bytes ahead a product asks for them."""
 
-    def __init__(self, name, block, step, nbytes, add, pack):
+    def __init__(self, name, block, step, nbytes, add, pack, ahead=2368):
         self.name, self.block, self.step, self.nbytes = name, block, step, nbytes
-        self.add, self.pack = add, pack
+        self.add, self.pack, self.ahead = add, pack, ahead
 
     def panel_bytes(self, k):
         """Bytes of a panel of K inputs."""
@@ -230,12 +231,13 @@ def pack_q6_k(row, i, panel, lane):
     move_words(block + 128, 16, out + 2304 + 4 * lane)
 
 
+FARTHER = 5120  # bytes: a block's first group needs the upper bits behind its last one's quads
 Q8_0 = PanelEncoding("q8_0_panels", 1, 1, 544, add_q8_0, pack_q8_0)
 Q4_0 = PanelEncoding("q4_0_panels", 1, 1, 288, add_q4_0, pack_q4_0)
 Q4_1 = PanelEncoding("q4_1_panels", 1, 1, 320, add_q4_1, pack_q4_1)
 Q4_K = PanelEncoding("q4_k_panels", 8, 2, 2304, add_q4_k, pack_q4_k)
-Q5_K = PanelEncoding("q5_k_panels", 8, 2, 2816, add_q5_k, pack_q5_k)
-Q6_K = PanelEncoding("q6_k_panels", 8, 2, 3360, add_q6_k, pack_q6_k)
+Q5_K = PanelEncoding("q5_k_panels", 8, 2, 2816, add_q5_k, pack_q5_k, FARTHER)
+Q6_K = PanelEncoding("q6_k_panels", 8, 2, 3360, add_q6_k, pack_q6_k, FARTHER)
 
 
 def add_group(token, panel, g, x, rows, out):
@@ -258,6 +260,11 @@ def step_groups(token):
     return token.step
 
 
+def bytes_ahead(token):
+    """How far ahead of a group panels are prefetched: the hardware loses track of blocks."""
+    return token.ahead
+
+
 if JIT:
 
     @overload(add_group, jit_options={"forceinline": True})
@@ -274,6 +281,11 @@ if JIT:
     def _block_groups(token):
         groups = token.token.block
         return lambda token: groups
+
+    @overload(bytes_ahead, jit_options={"forceinline": True})
+    def _bytes_ahead(token):
+        nbytes = token.token.ahead
+        return lambda token: nbytes
 
     @overload(step_groups, jit_options={"forceinline": True})
     def _step_groups(token):
