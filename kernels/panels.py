@@ -19,10 +19,10 @@ from .jit import inline, jit
 from .quads import (
     MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, dot, dot_first,
     dot_last, load_quads, load_split_quads, lower_nibbles, peek_i32, peek_u16, poke_i32, poke_u8,
-    poke_u16, six_bits_0, six_bits_1, six_bits_2, six_bits_3, upper_nibbles, with_bit,
-    with_two_bits,
+    poke_u16, upper_nibbles, with_bit, with_two_bits,
 )  # fmt: skip
 from .simd import JIT
+from .six_bits import six_bits_0, six_bits_1, six_bits_2, six_bits_3
 from .vector import (
     fma,
     load_f16,

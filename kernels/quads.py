@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from .simd import (
-    FLOAT, I8, I16, I32, I64, VF32, VI8, VI16, VI32, Vector, address, broadcast, call, constant,
+    FLOAT, I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
     f32x16, host_has, load, primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
@@ -85,46 +85,6 @@ with_bit = _raised(1, "with_bit")
 """q with bit `shift` of each byte of eight quads as its fifth bit."""
 with_two_bits = _raised(3, "with_two_bits")
 """q with two bits of each byte of eight quads, from `shift` on, as its fifth and sixth."""
-
-
-def _six_bits(choose, name):
-    """One of four numbers of 6 bits that 16 rows have in 48 bytes at p (panels.py packs them)."""
-
-    def twin(p):
-        words = read_memory(p, np.uint16, 16).astype(np.int32)
-        return choose(words, read_memory(p + 32, np.uint8, 16).astype(np.int32)).astype(np.float32)
-
-    def generate(b, p):
-        words = b.zext(load(b, p, VI16), VI32)
-        more = b.zext(load(b, b.add(p, ir.Constant(I64, 32)), VI8), VI32)
-        return b.sitofp(choose(_Bits(b, words), _Bits(b, more)).value, VF32)
-
-    generate.__name__ = name
-    return primitive(f32x16, address, twin=twin)(generate)
-
-
-class _Bits:
-    """A (16,) int32 value that understands what NumPy does of shifts and masks."""
-
-    def __init__(self, builder, value):
-        self.builder, self.value = builder, value
-
-    def __rshift__(self, count):
-        return _Bits(self.builder, self.builder.lshr(self.value, constant(count, VI32)))
-
-    def __and__(self, mask):
-        return _Bits(self.builder, self.builder.and_(self.value, constant(mask, VI32)))
-
-    def __or__(self, other):
-        return _Bits(self.builder, self.builder.or_(self.value, other.value))
-
-
-six_bits_0 = _six_bits(lambda words, more: words & 63, "six_bits_0")
-six_bits_1 = _six_bits(lambda words, more: words >> 6 & 63, "six_bits_1")
-six_bits_2 = _six_bits(lambda words, more: more & 63, "six_bits_2")
-six_bits_3 = _six_bits(lambda words, more: words >> 12 | more >> 2 & 48, "six_bits_3")
-"""The four numbers of each row as floats (16,): three and 2 bits of the last, then 4 bits of it
-above 12 of the others."""
 
 
 def _operands(b, q, x):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from panel_oracles import records_of
 
-from onnxstream_nb.kernels import quads
+from onnxstream_nb.kernels import quads, six_bits
 from onnxstream_nb.kernels.jit import arg, kernel
 from onnxstream_nb.kernels.panel_products import LEAST, quantize
 from onnxstream_nb.kernels.threads import Team
@@ -55,10 +55,10 @@ def sample_loads(args: int, thread: int, threads: int) -> None:
 def sample_six_bits(args: int, thread: int, threads: int) -> None:
     """args: 48 bytes, out (4, 16)."""
     p, out = arg(args, 0), arg(args, 1)
-    store_f32(out, quads.six_bits_0(p))
-    store_f32(out + 64, quads.six_bits_1(p))
-    store_f32(out + 128, quads.six_bits_2(p))
-    store_f32(out + 192, quads.six_bits_3(p))
+    store_f32(out, six_bits.six_bits_0(p))
+    store_f32(out + 64, six_bits.six_bits_1(p))
+    store_f32(out + 128, six_bits.six_bits_2(p))
+    store_f32(out + 192, six_bits.six_bits_3(p))
 
 
 @kernel
