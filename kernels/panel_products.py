@@ -11,7 +11,10 @@ import numpy as np
 
 from .affine import AFFINE4, AFFINE8
 from .jit import arg, inline, jit, kernel, share
-from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, pack_block
+from .panels import (
+    Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, bytes_ahead, pack_block,
+    step_groups,
+)  # fmt: skip
 from .quads import (
     LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, largest32,
     poke_i32, quantize16,
@@ -20,7 +23,6 @@ from .vector import load_f32, load_f32_n, poke_f32, prefetch, store_f32, store_f
 
 LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
 ROWS = 16  # of W a panel
-AHEAD = 2368  # bytes: what comes two to eight groups later; the hardware loses track of units
 BLOCK_BYTES = 400_000  # of records that are multiplied with one panel after the other, in L2
 
 
@@ -76,10 +78,10 @@ def quantize_rows(args, thread, threads):
 def panel_product(token, panel, nbytes, x, groups, rows, out):
     """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows), added to
     out (rows, 16)."""
-    each = nbytes // groups
-    for g in range(groups):
-        ahead = panel + each * g + AHEAD
-        for line in range(0, each, 64):
+    each, step = nbytes // groups, step_groups(token)
+    for g in range(0, groups, step):
+        ahead = panel + each * g + bytes_ahead(token)
+        for line in range(0, each * step, 64):
             prefetch(ahead + line)
         add_group(token, panel, g, x + RECORD * rows * g, rows, out)
 

@@ -56,36 +56,35 @@ def load_split_quads(b, p):
     return b.shuffle_vector(low, high, ir.Constant(QUADS, list(range(128))))
 
 
-def _shifted(b, p, shift, mask):
-    wide = b.lshr(load(b, p, QUADS), broadcast(b, b.trunc(shift, I32), QUADS))
-    return b.and_(wide, broadcast(b, _nibbles(mask), QUADS))
+@primitive(u8x512, u8x512, twin=lambda q: q & 15)
+def lower_nibbles(b, q):
+    """The lower halves of the bytes of eight quads."""
+    return b.and_(q, broadcast(b, _nibbles(15), QUADS))
 
 
-@primitive(
-    u8x512, address, i64, twin=lambda p, shift: (read_memory(p, np.uint8, 512) >> shift) & 15
-)
-def load_nibble_quads(b, p, shift):
-    """Four bits of each byte of eight quads, from bit `shift` on."""
-    return _shifted(b, p, shift, 15)
+@primitive(u8x512, u8x512, twin=lambda q: q >> 4)
+def upper_nibbles(b, q):
+    """The upper halves."""
+    return b.and_(b.lshr(q, constant(4, QUADS)), broadcast(b, _nibbles(15), QUADS))
 
 
 def _raised(mask, name):
-    def twin(q, p, shift):
-        return q | (((read_memory(p, np.uint8, 512) >> shift) & mask) << 4).astype(np.uint8)
+    def twin(q, bits, shift):
+        return q | (((bits >> shift) & mask) << 4).astype(np.uint8)
 
-    def generate(b, q, p, shift):
-        return b.or_(
-            q, b.shl(_shifted(b, p, shift, mask), broadcast(b, ir.Constant(I32, 4), QUADS))
-        )
+    def generate(b, q, bits, shift):
+        turn = b.and_(b.sub(ir.Constant(I32, 4), b.trunc(shift, I32)), ir.Constant(I32, 31))
+        turned = call(b, "llvm.fshl.v128i32", QUADS, [bits, bits, broadcast(b, turn, QUADS)])
+        return b.or_(q, b.and_(turned, broadcast(b, _nibbles(16 * mask), QUADS)))
 
     generate.__name__ = name
-    return primitive(u8x512, u8x512, address, i64, twin=twin)(generate)
+    return primitive(u8x512, u8x512, u8x512, i64, twin=twin)(generate)
 
 
 with_bit = _raised(1, "with_bit")
-"""q with bit `shift` of each byte of eight quads at p as its fifth bit."""
+"""q with bit `shift` of each byte of eight quads as its fifth bit."""
 with_two_bits = _raised(3, "with_two_bits")
-"""q with two bits of each byte of eight quads at p, from `shift` on, as its fifth and sixth."""
+"""q with two bits of each byte of eight quads, from `shift` on, as its fifth and sixth."""
 
 
 def _operands(b, q, x):

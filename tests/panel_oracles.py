@@ -19,8 +19,6 @@ from onnxstream_nb.kernels.threads import Team
 from onnxstream_nb.registry import kernels
 from onnxstream_nb.weights import Weight
 
-UNIT = {"q8_0": 1088, "q4_0": 576, "q4_1": 640, "q4_k": 2368, "q5_k": 2880, "q6_k": 3392}
-"""Bytes a unit: 64 elements of 16 rows, 256 for the K encodings."""
 ROUNDING = 2.0**-24  # half a float32's last place, relatively
 CANARY = 0xA5
 
@@ -56,51 +54,63 @@ def random_packed(encoding: str, k: int, n: int, rng: Any) -> tuple[Weight, Dens
 # -- the layout, undone --------------------------------------------------------------------------
 
 
-def _words(units: Array, start: int, count: int, size: int = 4) -> Array:
-    """From byte `start` of each unit, `count` times `size` bytes of each of 16 rows in turn ->
-    (16, units, count size) bytes of each row."""
-    part = units[:, start : start + 16 * count * size].reshape(len(units), count, 16, size)
-    return np.moveaxis(part, 2, 0).reshape(16, len(units), count * size)
+def _words(panel: Array, start: int, count: int, size: int = 4) -> Array:
+    """From byte `start` of a panel, `count` times `size` bytes of each of 16 rows in turn ->
+    (16, count size) bytes of each row."""
+    part = panel[start : start + 16 * count * size].reshape(count, 16, size)
+    return np.moveaxis(part, 1, 0).reshape(16, count * size)
 
 
-def _halves(units: Array, start: int) -> Array:
-    """An fp16 of each row -> (16, units, 2) bytes."""
-    return _words(units, start, 1, 2)
+def _bits(numbers: Array, width: int) -> Array:
+    """(rows, n) integers of `width` bits -> (rows, n width) bits, the lowest of each first."""
+    each = numbers[..., None].astype(np.int64) >> np.arange(width) & 1
+    return each.reshape(len(numbers), -1)
 
 
-def _k_scales(units: Array) -> Array:
-    """Eight 6-bit scales and minima, a byte each in panels -> the 12 bytes of a block."""
-    scales, minima = _words(units, 64, 8, 1), _words(units, 192, 8, 1)
-    assert scales.max() < 64 and minima.max() < 64
-    first = scales[..., :4] | (scales[..., 4:] >> 4) << 6
-    second = minima[..., :4] | (minima[..., 4:] >> 4) << 6
-    return np.concatenate([first, second, (scales[..., 4:] & 15) | minima[..., 4:] << 4], axis=-1)
+def _k_scales(panel: Array, start: int) -> Array:
+    """Four times 48 bytes: an uint16 of each row, then a byte, that hold the scales and minima of
+    two groups -> the 12 bytes of each row's block."""
+    numbers = np.empty((16, 2, 8), np.uint8)  # scales and minima
+    for pair in range(4):
+        at = start + 48 * pair
+        words = _words(panel, at, 1, 2).view(np.uint16)
+        bits = np.concatenate([_bits(words, 16), _bits(_words(panel, at + 32, 1, 1), 8)], axis=1)
+        places = range(6), range(6, 12), range(16, 22), (*range(12, 16), 22, 23)
+        values = [bits[:, list(place)] @ (1 << np.arange(6)) for place in places]
+        numbers[:, 0, 2 * pair : 2 * pair + 2] = np.stack(values[:2], axis=1)
+        numbers[:, 1, 2 * pair : 2 * pair + 2] = np.stack(values[2:], axis=1)
+    scales, minima = numbers[:, 0], numbers[:, 1]
+    first = scales[:, :4] | scales[:, 4:] >> 4 << 6
+    second = minima[:, :4] | minima[:, 4:] >> 4 << 6
+    return np.concatenate([first, second, scales[:, 4:] & 15 | minima[:, 4:] << 4], axis=1)
 
 
-def _blocks(encoding: str, units: Array) -> Array:
-    """(units, bytes) -> (16 rows, units, bytes of each row's blocks there)."""
-    if encoding == "q6_k":
-        assert not units[:, 32:64].any()
-        high, scales = _words(units, 2368, 16), _words(units, 64, 16, 1)
-        return np.concatenate([_words(units, 320, 32), high, scales, _halves(units, 0)], axis=-1)
+def _block(encoding: str, panel: Array, i: int) -> Array:
+    """Block i of the 16 rows of a panel, as it is stored: (16, bytes a block)."""
+    nbytes = 16 * ENCODINGS[encoding].nbytes
+    start = nbytes * i
+    if encoding == "q4_1":
+        return np.concatenate([_words(panel, start, 2, 2), _words(panel, start + 64, 4)], axis=1)
     if encoding in ("q4_k", "q5_k"):
-        high = [_words(units, 2368, 8)] if encoding == "q5_k" else []
-        start = [_halves(units, 0), _halves(units, 32), _k_scales(units)]
-        return np.concatenate([*start, *high, _words(units, 320, 32)], axis=-1)
-    quads, scales = (8, 1) if encoding == "q8_0" else (4, 2 if encoding == "q4_1" else 1)
-    parts = []
-    for group in range(2):
-        parts += [_halves(units, 64 * i + 32 * group) for i in range(scales)]
-        words = _words(units, 64 * scales + 64 * quads * group, quads)
-        parts.append(words ^ 128 if encoding == "q8_0" else words)
-    return np.concatenate(parts, axis=-1)
+        high = [_words(panel, start + 2304, 8)] if encoding == "q5_k" else []
+        head = _words(panel, start, 2, 2), _k_scales(panel, start + 64)
+        return np.concatenate([*head, *high, _words(panel, start + 256, 32)], axis=1)
+    # Of two blocks, the first has its scales behind it and the second before it.
+    scale = _words(panel, start + (0 if i % 2 else nbytes - 32), 1, 2)
+    start += 32 * (i % 2)
+    if encoding == "q6_k":
+        low, high = _words(panel, start + 256, 32), _words(panel, start + 2304, 16)
+        return np.concatenate([low, high, _words(panel, start, 16, 1), scale], axis=1)
+    words = _words(panel, start, nbytes // 64)
+    return np.concatenate([scale, words ^ 128 if encoding == "q8_0" else words], axis=1)
 
 
 def unpacked(encoding: str, panels: Array) -> Array:
-    """Every byte of panels (P, bytes) -> rows (16 P, bytes a row of whole units)."""
-    assert panels.shape[1] % UNIT[encoding] == 0
-    rows = [_blocks(encoding, panel.reshape(-1, UNIT[encoding])) for panel in panels]
-    return np.concatenate(rows).reshape(16 * len(panels), -1)
+    """Every byte of panels (P, bytes) -> rows (16 P, bytes a row)."""
+    count, rest = divmod(panels.shape[1], 16 * ENCODINGS[encoding].nbytes)
+    assert not rest
+    rows = [[_block(encoding, panel, i) for i in range(count)] for panel in panels]
+    return np.concatenate([np.concatenate(blocks, axis=1) for blocks in rows])
 
 
 def row_bytes(encoding: str, k: int) -> int:

@@ -18,7 +18,7 @@ import pytest
 from kernel_oracles import BLOCKED, assert_product, decoded
 from onnx_models import refusal
 from packing_models import TiedModel, assert_within, feeds, graph_of, matrix, one_product, stored
-from panel_oracles import UNIT, row_bytes
+from panel_oracles import row_bytes
 from weight_files import Reads, pieces_of
 
 from onnxstream_nb import device, loading
@@ -225,7 +225,7 @@ def test_memory_is_that_of_the_panels(tmp_path: Path) -> None:
         provider: Any = session.provider
         weights = [provider.get(model.graph.initializers[name]) for name in ("a", "head")]
         held = sum(weight.buffer.nbytes for weight in weights)
-        assert held == UNIT["q4_k"] * (32 * 2 + 6 * 2)
+        assert held == row_bytes("q4_k", 256) * 16 * (32 * 2 + 6 * 2)
         ends = sorted((w.address, w.address + w.buffer.nbytes) for w in weights)
         assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from kernel_oracles import BLOCKED, assert_product, normal, random_blocks
 from panel_oracles import (
-    UNIT,
     Dense,
     assert_integer_product,
     packed,
@@ -68,21 +67,41 @@ def test_panels_hold_every_byte_of_the_rows(encoding: str, threads: int, rng: An
 
 @pytest.mark.parametrize("encoding", BLOCKED)
 def test_what_no_row_fills_stays_zero(encoding: str, rng: Any) -> None:
-    nothing = unpacked(encoding, np.zeros((1, UNIT[encoding]), np.uint8))
+    nothing = unpacked(encoding, np.zeros((1, 16 * ENCODINGS[encoding].nbytes), np.uint8))
     for k in lengths(encoding):
         raw = rng.integers(0, 256, (19, row_bytes(encoding, k)), dtype=np.uint8)
         found = unpacked(encoding, packed(encoding, raw, k))
-        units = found.shape[1] // nothing.shape[1]
-        blank = np.tile(nothing[0], units)
+        blank = np.tile(nothing[0], found.shape[1] // nothing.shape[1])
         assert (found[19:] == blank).all()
-        assert (found[:, raw.shape[1] :] == blank[raw.shape[1] :]).all()
 
 
 @pytest.mark.parametrize("encoding", BLOCKED)
-def test_a_panel_is_whole_units(encoding: str) -> None:
-    elements = 256 if "_k" in encoding else 64
-    for k in (*lengths(encoding), 10 * elements):
-        assert TOKENS[encoding].panel_bytes(k) == -(-k // elements) * UNIT[encoding]
+def test_panels_are_no_larger_than_their_blocks(encoding: str) -> None:
+    for k in (*lengths(encoding), 10 * ENCODINGS[encoding].block):
+        assert TOKENS[encoding].panel_bytes(k) == 16 * row_bytes(encoding, k)
+
+
+@pytest.mark.parametrize("encoding", ["q4_k", "q5_k"])
+def test_every_scale_and_minimum_of_six_bits(encoding: str, rng: Any) -> None:
+    """Each of a block's sixteen takes all of its 64 values, in panels as in products."""
+    n, k = 128, 512
+    each = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1) % 64
+    numbers = rng.permuted(np.broadcast_to(each, (n, 2, 2, 8)), axis=0)
+    assert all(len(np.unique(column)) == 64 for column in numbers.reshape(n, -1).T)
+    scales, minima = numbers[:, :, 0], numbers[:, :, 1]
+    raw = random_blocks(encoding, n, k, rng)
+    head = raw.reshape(n, 2, -1)[..., 4:16]
+    head[..., :4] = scales[..., :4] | scales[..., 4:] >> 4 << 6
+    head[..., 4:8] = minima[..., :4] | minima[..., 4:] >> 4 << 6
+    head[..., 8:] = scales[..., 4:] & 15 | minima[..., 4:] << 4
+    assert np.array_equal(unpacked(encoding, packed(encoding, raw, k)), raw)
+    weight, dense = packed_weight(encoding, raw, k), Dense.of(encoding, raw)
+    for m in (1, 3):
+        check(normal(rng, m, k), weight, dense)
+    for group in range(k // 32):  # alone, so that no other hides it
+        x = np.zeros((1, k), np.float32)
+        x[:, 32 * group : 32 * group + 32] = normal(rng, 1, 32)
+        check(x, weight, dense)
 
 
 @pytest.mark.parametrize("encoding", BLOCKED)

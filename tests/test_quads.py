@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from panel_oracles import records_of
 
-from onnxstream_nb.kernels import quads
+from onnxstream_nb.kernels import quads, six_bits
 from onnxstream_nb.kernels.jit import arg, kernel
 from onnxstream_nb.kernels.panel_products import LEAST, quantize
 from onnxstream_nb.kernels.threads import Team
@@ -39,15 +39,26 @@ def sample_dots(args: int, thread: int, threads: int) -> None:
 
 @kernel
 def sample_loads(args: int, thread: int, threads: int) -> None:
-    """args: 512 bytes twice, a record, a zero, three shifts, out (5, 16): every way of loading."""
+    """args: 512 bytes twice, a record, a zero, two shifts, out (6, 16): every way of loading."""
     p, high, record, zero = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    shift, bit, bits, out = arg(args, 4), arg(args, 5), arg(args, 6), arg(args, 7)
+    bit, bits, out = arg(args, 4), arg(args, 5), arg(args, 6)
     store_f32(out, quads.dot(quads.load_quads(p), record, zero))
     store_f32(out + 64, quads.dot(quads.load_split_quads(p), record, zero))
-    q = quads.load_nibble_quads(p, shift)
-    store_f32(out + 128, quads.dot(q, record, zero))
-    store_f32(out + 192, quads.dot(quads.with_bit(q, high, bit), record, zero))
-    store_f32(out + 256, quads.dot(quads.with_two_bits(q, high, bits), record, zero))
+    low, more = quads.lower_nibbles(quads.load_quads(p)), quads.load_quads(high)
+    store_f32(out + 128, quads.dot(low, record, zero))
+    store_f32(out + 192, quads.dot(quads.upper_nibbles(quads.load_quads(p)), record, zero))
+    store_f32(out + 256, quads.dot(quads.with_bit(low, more, bit), record, zero))
+    store_f32(out + 320, quads.dot(quads.with_two_bits(low, more, bits), record, zero))
+
+
+@kernel
+def sample_six_bits(args: int, thread: int, threads: int) -> None:
+    """args: 48 bytes, out (4, 16)."""
+    p, out = arg(args, 0), arg(args, 1)
+    store_f32(out, six_bits.six_bits_0(p))
+    store_f32(out + 64, six_bits.six_bits_1(p))
+    store_f32(out + 128, six_bits.six_bits_2(p))
+    store_f32(out + 192, six_bits.six_bits_3(p))
 
 
 @kernel
@@ -177,15 +188,31 @@ def test_every_way_of_loading(rng: Any) -> None:
     for record in extreme_records(rng):
         p, high = (rng.integers(0, 256, 512, dtype=np.uint8) for _ in range(2))
         whole = records_of(record)
-        for shift, bit, bits in ((0, 0, 6), (4, 1, 4), (0, 2, 2), (4, 3, 0), (0, 5, 6), (4, 7, 4)):
-            out = np.zeros((5, 16), np.float32)
+        for bit in range(8):
+            bits = bit & 6
+            out = np.zeros((6, 16), np.float32)
             where = [a.ctypes.data for a in (p, high, record, zero)]
-            Team(1).run([(sample_loads, *where, shift, bit, bits, out.ctypes.data)])
+            Team(1).run([(sample_loads, *where, bit, bits, out.ctypes.data)])
             split = np.concatenate([p[:256] & 15, p[:256] >> 4])
-            low = p >> shift & 15
-            ways = (p, split, low, low | (high >> bit & 1) << 4, low | (high >> bits & 3) << 4)
+            low = p & 15
+            raised = low | (high >> bit & 1) << 4, low | (high >> bits & 3) << 4
+            ways = (p, split, low, p >> 4, *raised)
             for got, q in zip(out, ways, strict=True):
                 assert np.array_equal(got, (in_quads(q) * whole).sum(axis=1, dtype=np.int64))
+
+
+def test_four_numbers_of_six_bits(rng: Any) -> None:
+    """Of words w and bytes b: bits 0 to 5 of w, 6 to 11, 0 to 5 of b, and above the upper four of
+    w the upper two of b."""
+    for _ in range(20):
+        p = rng.integers(0, 256, 48, dtype=np.uint8)
+        out = np.zeros((4, 16), np.float32)
+        Team(1).run([(sample_six_bits, p.ctypes.data, out.ctypes.data)])
+        for row in range(16):
+            whole = int(p[2 * row]) + 256 * int(p[2 * row + 1])
+            byte = int(p[32 + row])
+            wanted = [whole % 64, whole // 64 % 64, byte % 64, whole // 4096 + byte // 64 * 16]
+            assert out[:, row].tolist() == wanted
 
 
 def test_words_keep_their_bits(rng: Any) -> None:
