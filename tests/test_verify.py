@@ -181,7 +181,7 @@ def test_packed_weights_are_compared(
     LanguageModel(path, packed=cache / "packed").close()
     found = {c["check"]: c for c in verify(path, capsys)["checks"]}["packed"]
     size = only_file(cache / "packed").stat().st_size
-    assert found["detail"] == f"1 file, {size / 1e3:.0f} kB: checksums"
+    assert found["detail"] == f"1 file, {size / 1e3:.3g} kB: checksums"
     other = tmp_path / "other"
     other.mkdir()
     assert states(verify(gguf(other, "Q8_0"), capsys))["packed"] == "skipped"
