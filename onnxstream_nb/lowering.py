@@ -19,7 +19,10 @@ from .errors import Interrupted
 from .graph import WeightRef
 from .plan import Form, Plan, Step
 
-TABLE_BYTES = 400_000_000  # of weights a table reads: no longer than it takes to notice a stop
+TABLE_BYTES = 800_000_000
+"""Of weights that a table reads: no longer than may pass until a stop is noticed (a fifth of a
+second where memory is read at 4 GB/s), and seldom enough that what Python does between two tables,
+with cold caches, does not count."""
 
 Array = np.ndarray[Any, Any]
 Argument = Callable[[dict[str, Any], str, Form], Any]

@@ -23,7 +23,7 @@ from .gpu.offload import Gpu, open_gpu
 from .graph import Graph, Value, WeightRef
 from .kvslot import Slot
 from .loading import choose, choose_reserve, make_provider
-from .lowering import TABLE_BYTES, Replay
+from .lowering import Replay
 from .packed_weights import with_packed_file
 from .plan import Form, Plan, describe, make_plan, without
 from .registry import internal as internal
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("fast", "exact")
 DEVICES = ("cpu", "cuda")
 PRECISION = "exact"
+BATCH_BYTES = 400_000_000  # of weights: of larger models, Python's part of a batch's pass is small
 IDLE = 1 << 28  # bytes of activations' memory that are kept for the next run
 
 Progress = Callable[[str, float | None], None]
@@ -260,7 +261,7 @@ class Session:
         """Whether runs for so many next tokens are recorded. Several take memory for all that is
         computed, which no budget counts, and pay where Python takes long beside the kernels."""
         if tokens > 1:
-            return not self._has_budget and self.plan.weight_bytes <= TABLE_BYTES
+            return not self._has_budget and self.plan.weight_bytes <= BATCH_BYTES
         return tokens == 1
 
     def _walk(self, values: dict[str, Any], keep: set[str], stop: threading.Event | None) -> None:

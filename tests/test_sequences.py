@@ -225,7 +225,7 @@ def test_next_tokens_are_replayed_while_the_same_strands_go_on(
 def test_of_large_models_several_tokens_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "TABLE_BYTES", 1)
+    monkeypatch.setattr(session, "BATCH_BYTES", 1)
     model = LanguageModel(written(tmp_path), load="mmap")
     sequences = Sequences(model)
     strands = [sequences.open(TINY.context), sequences.open(TINY.context)]
