@@ -13,11 +13,11 @@ from llvmlite import ir
 from numba import types
 
 from .quads import (
-    MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, ROUND, SCALE, SUM, ZERO, four_products,
-    u8x512,
+    MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, SCALE, SUM, ZERO, four_products, rounded,
+    twin_rounded, u8x512,
 )  # fmt: skip
 from .simd import (
-    FLOAT, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant, f32x16, load,
+    FLOAT, I32, I64, VI8, VI32, Vector, address, broadcast, call, f32x16, load,
     primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
@@ -196,9 +196,7 @@ dots_above_last = _dots_above(4, 8, MINUS_32_LAST, 5, "dots_above_last")
 
 
 def _twin_narrow(x, inverse, out):
-    with np.errstate(invalid="ignore", over="ignore"):
-        moved = read_memory(x, np.float32, 16) * np.float32(inverse) + np.float32(ROUND)
-    whole = moved.view(np.int32) - np.float32(ROUND).view(np.int32)
+    whole = twin_rounded(x, inverse)
     write_memory(out, whole.astype(np.int8))
     return int(whole.sum())
 
@@ -206,8 +204,6 @@ def _twin_narrow(x, inverse, out):
 @primitive(i64, address, f32, address, twin=_twin_narrow)
 def narrow16(b, x, inverse, out):
     """16 floats at x times `inverse`, rounded -> (16,) int8 at out; their sum."""
-    scaled = b.fmul(load(b, x, VF32), broadcast(b, inverse))
-    moved = b.bitcast(b.fadd(scaled, constant(ROUND)), VI32)
-    whole = b.sub(moved, constant(0x4B400000, VI32))
+    whole = rounded(b, x, inverse)
     store(b, b.trunc(whole, VI8), out)
     return b.sext(call(b, "llvm.vector.reduce.add.v16i32", I32, [whole]), I64)

@@ -190,10 +190,22 @@ ROUND = 1.5 * 2.0**23
 """Added to a float32 below 2 ** 22, it leaves the nearest integer in the lower bits."""
 
 
-def _twin_quantize(x, inverse, out):
+def twin_rounded(x, inverse):
+    """As `rounded`, for the twins."""
     with np.errstate(invalid="ignore", over="ignore"):
         moved = read_memory(x, np.float32, 16) * np.float32(inverse) + np.float32(ROUND)
-    whole = moved.view(np.int32) - np.float32(ROUND).view(np.int32)
+    return moved.view(np.int32) - np.float32(ROUND).view(np.int32)
+
+
+def rounded(b, x, inverse):
+    """16 floats at x times `inverse`, rounded to (16,) int32."""
+    scaled = b.fmul(load(b, x, VF32), broadcast(b, inverse))
+    moved = b.bitcast(b.fadd(scaled, constant(ROUND)), VI32)
+    return b.sub(moved, constant(0x4B400000, VI32))
+
+
+def _twin_quantize(x, inverse, out):
+    whole = twin_rounded(x, inverse)
     high = (whole + 64) >> 7
     write_memory(out, high.astype(np.int8))
     write_memory(out + 32, (whole - 128 * high).astype(np.int8))
@@ -203,9 +215,7 @@ def _twin_quantize(x, inverse, out):
 @primitive(i64, address, f32, address, twin=_twin_quantize)
 def quantize16(b, x, inverse, out):
     """16 floats at x times `inverse`, rounded -> high at out and low at out + 32; their sum."""
-    scaled = b.fmul(load(b, x, VF32), broadcast(b, inverse))
-    moved = b.bitcast(b.fadd(scaled, constant(ROUND)), VI32)
-    whole = b.sub(moved, constant(0x4B400000, VI32))
+    whole = rounded(b, x, inverse)
     high = b.ashr(b.add(whole, constant(64, VI32)), constant(7, VI32))
     low = b.sub(whole, b.shl(high, constant(7, VI32)))
     store(b, b.trunc(high, VI8), out)
