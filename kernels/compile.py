@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..errors import OnnxstreamError
 from ..registry import kernels, op
-from .jit import JIT, cache_root, prune
+from .disk_cache import cache_root, prune
+from .simd import JIT
 from .threads import set_precision, set_threads
 
 ALWAYS = ("team_lead", "team_member", "joined")  # what any plan runs on

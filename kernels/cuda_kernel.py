@@ -12,14 +12,12 @@ Shapes: no arrays here; every kernel states its own.
 import hashlib
 import os
 import re
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from types import CellType, CodeType, FunctionType, MappingProxyType
 
-from .jit import cache_root, stamp
+from .disk_cache import keep, kept, place
 
 LETTERS = MappingProxyType({"a": "int64", "l": "int64", "i": "int32", "f": "float32"})
 """What a kernel's arguments are: an address, a long or an ordinary integer, a float."""
@@ -112,12 +110,13 @@ class CudaKernel:
         if capability < self.since:
             raise ValueError(f"{self.name} needs compute capability {self.since}")
         path = self._cached()
-        if path is not None:
-            with suppress(FileNotFoundError):
-                return path.read_text()
+        data = kept(path) if path is not None else None
+        if data is not None:
+            return data.decode()
         text = self._compile()
         if path is not None:
-            _keep(path, text)
+            with suppress(OSError):  # it is made again otherwise
+                keep(path, text.encode())
         return text
 
     def _compile(self):
@@ -134,11 +133,8 @@ class CudaKernel:
 
     def _cached(self):
         """Where its PTX is kept: as compiled code of the file is, which so goes with it."""
-        root, file = cache_root(), Path(self.function.__code__.co_filename)
-        if root is None:
-            return None
         tag = hashlib.sha256(_versions().encode()).hexdigest()[:16]
-        return root / f"{file.stem}-{stamp(file)}" / f"{self.name}-{tag}.ptx"
+        return place(self.function, f"{self.name}-{tag}.ptx")
 
 
 CUDA_KERNELS = {}
@@ -171,17 +167,3 @@ def _versions():
             found.append(f"no {package}")
     home = os.environ.get("CUDA_HOME", "")  # where a compiler may be that no package has
     return " ".join([*found, home, str(os.stat(home).st_mtime_ns) if os.path.isdir(home) else ""])
-
-
-def _keep(path, text):
-    """Write a file whole, if the disk lets it: it is made again otherwise."""
-    with suppress(OSError):
-        _write(path, text)
-
-
-def _write(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    os.replace(partial, path)

@@ -8,9 +8,10 @@ arguments would do the same, but code that holds them cannot be cached on disk.)
 """
 
 from numba import types
-from numba.extending import models, overload, register_model, typeof_impl
+from numba.extending import models, register_model, typeof_impl
 from numba.core.imputils import lower_constant
 
+from .machine_code import overload_inline
 from .simd import JIT
 
 
@@ -52,12 +53,12 @@ def element(token, row, k):
 
 if JIT:
 
-    @overload(unpack, jit_options={"forceinline": True})
+    @overload_inline(unpack)
     def _unpack(token, row, g):
         function = token.token.unpack
         return lambda token, row, g: function(row, g)
 
-    @overload(element, jit_options={"forceinline": True})
+    @overload_inline(element)
     def _element(token, row, k):
         function = token.token.element
         return lambda token, row, k: function(row, k)

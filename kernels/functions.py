@@ -3,10 +3,9 @@
 Dims: a vector `x` has shape (16,) of float32; so has `a`, a second operand or a parameter.
 """
 
-from numba.extending import overload
-
 from .encoding import Token
 from .jit import inline
+from .machine_code import overload_inline
 from .simd import JIT
 from .vector import add, div, exp, fma, maximum, minimum, mul, splat, sqrt, sub, zero
 
@@ -25,7 +24,7 @@ def apply(token, x, a):
 
 if JIT:
 
-    @overload(apply, jit_options={"forceinline": True})
+    @overload_inline(apply)
     def _apply(token, x, a):
         function = token.token.function
         return lambda token, x, a: function(x, a)

@@ -1,4 +1,4 @@
-"""Kernels as machine code: declaring them, caching them on disk, getting their addresses.
+"""Kernels as machine code: declaring them, and getting their addresses.
 
 A kernel is a function `kernel(args, thread, threads) -> None` of three integers: the address of
 its arguments (int64 each, floats as the bits of a float64), the index of the thread that runs it
@@ -9,192 +9,86 @@ Shapes: no arrays here; every kernel states its own.
 """
 
 import ctypes
-import hashlib
-import os
-import re
-import shutil
 import struct
-import tempfile
-import time
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
-
-import llvmlite
-import numba
-from numba import types
-from numba.core import caching, ccallback
-from numba.core.compiler_lock import global_compiler_lock
+import threading
 
 from ..registry import register_kernel
+from .disk_cache import keep, kept, place
+from .machine_code import Function, compile_kernel, load_object, target
 from .simd import JIT
 from .vector import peek_f64, peek_i64
 
-SIGNATURE = (types.int64, types.int64, types.int64)
-PRUNE_AFTER_DAYS = 14
-_HERE = Path(__file__).parent
-
-jit = numba.njit(nogil=True, error_model="numpy") if JIT else (lambda function: function)
-"""Decorator of the functions that kernels are made of; they are compiled into each kernel."""
-inline = (
-    numba.njit(nogil=True, error_model="numpy", forceinline=True)
-    if JIT
-    else (lambda function: function)
-)
-"""The same for small ones that must melt into their caller."""
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 
-@cache
-def _imports(path):
-    """The bytes of a kernel file, and the kernel files beside it that it imports."""
-    source = path.read_bytes()
-    names = re.findall(rb"^from \.(\w+) import", source, re.MULTILINE)
-    for line in re.findall(rb"^from \. import (.+)$", source, re.MULTILINE):
-        names += [name.split()[0] for name in line.split(b",")]
-    return source, tuple(sorted({path.parent / f"{n.decode()}.py" for n in names}))
+def jit(function):
+    """Decorator of the functions that kernels are made of; they are compiled into each kernel."""
+    return Function(function) if JIT else function
 
 
-@cache
-def stamp(path):
-    """A hash of a kernel file, of all it imports, and of the compilers' versions.
-
-    Numba's own stamp covers one file only, and would go stale silently.
-    """
-    seen, todo = {}, [path]
-    while todo:
-        name = todo.pop()
-        if name not in seen:
-            seen[name], more = _imports(name)
-            todo += more
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for name in sorted(seen):
-        digest.update(seen[name])
-    return digest.hexdigest()[:16]
+def inline(function):
+    """The same for small ones that must melt into their caller."""
+    return Function(function, forceinline=True) if JIT else function
 
 
-@cache
-def cache_root():
-    """The folder of compiled kernels, or None when no place can be written."""
-    import platformdirs
+class Kernel:
+    """One kernel. `address` compiles it when the disk cache lacks it; `load` never compiles."""
 
-    candidates = [platformdirs.user_cache_path("onnxstream_nb") / "kernels"]
-    if hasattr(os, "getuid"):
-        candidates.append(Path(tempfile.gettempdir()) / f"onnxstream_nb-{os.getuid()}")
-    if os.environ.get("ONNXSTREAM_CACHE"):
-        candidates.insert(0, Path(os.environ["ONNXSTREAM_CACHE"]) / "kernels")
-    for folder in candidates:
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            tempfile.TemporaryFile(dir=folder).close()
-            status = folder.stat()
-        except OSError:
-            continue
-        # Anybody can make a folder among the temporary ones, and fill it with machine code.
-        temporary = folder.parent == Path(tempfile.gettempdir())
-        if not temporary or (status.st_uid == os.getuid() and not status.st_mode & 0o022):
-            return folder
-    return None
-
-
-class _Locator(caching._CacheLocator):
-    """Tells Numba's cache to use our folder and our stamp."""
+    _lock = threading.RLock()  # several Python threads may want one kernel
 
     def __init__(self, function):
-        self._path = Path(function.__code__.co_filename)
-
-    def get_cache_path(self):
-        return str(cache_root() / f"{self._path.stem}-{stamp(self._path)}")
-
-    def get_source_stamp(self):
-        return stamp(self._path)
-
-    def get_disambiguator(self):
-        return ""
-
-    @classmethod
-    def from_function(cls, function, path):
-        return cls(function) if cache_root() is not None else None
-
-
-class _CacheImpl(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]
-
-
-class _KernelCache(caching.Cache):
-    _impl_class = _CacheImpl
-
-
-def prune():
-    """Delete the compiled code of kernel files that no longer exist in that form."""
-    root = cache_root()
-    oldest = time.time() - PRUNE_AFTER_DAYS * 86400
-    for folder in root.iterdir() if root else ():
-        stem, _, version = folder.name.rpartition("-")
-        current = (_HERE / f"{stem}.py").exists() and version == stamp(_HERE / f"{stem}.py")
-        with suppress(FileNotFoundError):  # another process prunes as well
-            if not current and folder.stat().st_mtime < oldest:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-class Kernel(ccallback.CFunc):
-    """One kernel. `address` compiles it when the cache lacks it; `load` never compiles."""
-
-    def __init__(self, function):
-        self.name = function.__name__
+        self.name, self.function = function.__name__, function
         self.__doc__ = function.__doc__
-        if not JIT:
-            self._pyfunc, self._wrapper_address = function, 0
-            return
-        options = {"error_model": "numpy"}
-        super().__init__(function, (SIGNATURE, types.void), locals={}, options=options)
-        self._cache = None
+        self._symbol = f"onnxstream_nb_{self.name}"
+        self._address = None if JIT else 0
 
     @property
     def loaded(self):
-        return self._wrapper_address is not None or not JIT
+        return self._address is not None
 
-    @global_compiler_lock
+    @property
+    def _path(self):
+        return place(self.function, f"{self.name}-{target()}.o")
+
     def load(self):
         """Load the machine code from the disk cache; False when it is not there, or damaged."""
-        if not self.loaded:
-            self.enable_caching()
-            try:
-                result = self._cache.load_overload(self._sig, self._targetdescr.target_context)
-            except Exception:  # bytes that are no pickle raise almost anything
-                self._cache.flush()
-                return False
-            if result is None:
-                return False
-            self._library = result.library
-            self._wrapper_name = result.fndesc.llvm_cfunc_wrapper_name
-            self._wrapper_address = self._library.get_pointer_to_function(self._wrapper_name)
-        return True
+        with self._lock:
+            if not self.loaded:
+                path = self._path
+                data = kept(path) if path else None
+                if data is None:
+                    return False
+                self._address = load_object(data, self._symbol)
+            return True
 
-    def enable_caching(self):
-        if self._cache is None:
-            usable = cache_root() is not None
-            self._cache = _KernelCache(self._pyfunc) if usable else caching.NullCache()
+    def compile(self):
+        """Make its machine code, and keep it on disk where that is possible."""
+        with self._lock:
+            data = compile_kernel(self.function, self._symbol).object_file()
+            path = self._path
+            if path:
+                keep(path, data)
+            self._address = load_object(data, self._symbol)
 
     @property
     def address(self):
         if not self.loaded:
-            with global_compiler_lock:
+            with self._lock:
                 if not self.load():
                     self.compile()
-        return self._wrapper_address
+        return self._address
 
     def __call__(self, args, thread=0, threads=1):
         """Run it here on (n,) int64 arguments at address `args`, releasing the GIL."""
         if not JIT:
-            self._pyfunc(args, thread, threads)
+            self.function(args, thread, threads)
         else:
             self.call(args, thread, threads)
 
     @property
     def call(self):
         if "_callable" not in self.__dict__:
-            kind = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-            self._callable = kind(self.address)
+            self._callable = _ENTRY(self.address)
         return self._callable
 
 

@@ -8,12 +8,12 @@ As panel_products.py, with a scale for each group of activations, which are inte
 """
 
 import numpy as np
-from numba.extending import overload
 
 from ..registry import register_kernel
 from . import panel_products
 from .affine import AFFINE4, AFFINE8, HALF, HALVES, ZEROS, scales_of
 from .jit import Kernel, arg, inline, jit, kernel, share
+from .machine_code import overload_inline
 from .panel_products import LEAST, begin, put_fields
 from .panel_tiles import (
     BEFORE, LIMIT, PANELS, RECORD, ROW_BYTES, ROWS, by_panel, dots, dots_above, dots_above_first,
@@ -188,7 +188,7 @@ def add_two(token, one, two, g, x, rows, out):
 
 if JIT:
 
-    @overload(add_two, jit_options={"forceinline": True})
+    @overload_inline(add_two)
     def _add_two(token, one, two, g, x, rows, out):
         return FORMS[token.token.form](token.token)
 

@@ -12,10 +12,9 @@ or the `step` groups from there on, times `rows` records at x to `rows` vectors 
 records (groups, rows); `pack(row, i, panel, lane)` moves block i of one row into its place.
 """
 
-from numba.extending import overload
-
 from .encoding import Token
 from .jit import inline, jit
+from .machine_code import overload_inline
 from .panel_groups import (
     between, read_q4_0, read_q4_1, read_q4_k, read_q5_k, read_q6_k, read_q8_0,
 )  # fmt: skip
@@ -270,27 +269,27 @@ def bytes_ahead(token):
 
 if JIT:
 
-    @overload(add_group, jit_options={"forceinline": True})
+    @overload_inline(add_group)
     def _add_group(token, panel, g, x, rows, out):
         function = token.token.add
         return lambda token, panel, g, x, rows, out: function(panel, g, x, rows, out)
 
-    @overload(pack_block, jit_options={"forceinline": True})
+    @overload_inline(pack_block)
     def _pack_block(token, row, i, panel, lane):
         function = token.token.pack
         return lambda token, row, i, panel, lane: function(row, i, panel, lane)
 
-    @overload(block_groups, jit_options={"forceinline": True})
+    @overload_inline(block_groups)
     def _block_groups(token):
         groups = token.token.block
         return lambda token: groups
 
-    @overload(bytes_ahead, jit_options={"forceinline": True})
+    @overload_inline(bytes_ahead)
     def _bytes_ahead(token):
         nbytes = token.token.ahead
         return lambda token: nbytes
 
-    @overload(step_groups, jit_options={"forceinline": True})
+    @overload_inline(step_groups)
     def _step_groups(token):
         groups = token.token.step
         return lambda token: groups

@@ -36,23 +36,12 @@ def pretend(cpu: str) -> None:
     llvm.Target.from_default_triple = classmethod(lambda target: target.from_triple(TRIPLE))
 
 
-def libraries(library: Any) -> list[Any]:
-    """A compiled library and all that it calls, each once."""
-    found: list[Any] = []
-    todo = [library]
-    while todo:
-        one = todo.pop()
-        if one not in found:
-            found.append(one)
-            todo += one._linking_libraries
-    return found
-
-
 def write(folder: Path, kernel: Any) -> None:
-    compiled = libraries(kernel._compile_uncached().library)
-    for suffix, text in (("ll", "get_llvm_str"), ("s", "get_asm_str")):
-        parts = (getattr(library, text)() for library in compiled)
-        (folder / f"{kernel.name}.{suffix}").write_text("\n".join(parts), "utf-8")
+    from onnxstream_nb.kernels.machine_code import compile_kernel
+
+    code = compile_kernel(kernel.function, kernel.name)
+    for suffix, text in (("ll", code.get_llvm_str()), ("s", code.get_asm_str())):
+        (folder / f"{kernel.name}.{suffix}").write_text(text, "utf-8")
 
 
 def inner_loops(assembly: str) -> Iterator[tuple[str, list[str]]]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from bf16_oracles import SMALLEST, assert_rounded, assert_split
 from kernel_oracles import as_weight
+from numba import njit
 
 from onnxstream_nb.kernels import gemm_bf16, tile_bf16
-from onnxstream_nb.kernels.jit import jit
 from onnxstream_nb.kernels.simd import JIT
 from onnxstream_nb.kernels.threads import team_of
 from onnxstream_nb.kernels.vector import load_f32, store_f32
@@ -189,7 +189,7 @@ def test_overflow(kind: str) -> None:
 # -- primitives
 
 
-@jit
+@njit
 def sample_roundings(x: int, out: int, count: int) -> None:
     """x (count, 32) float32 -> out: 32 bfloat16, 16 pairs, (32,) rests; 256 bytes each."""
     for i in range(count):
@@ -223,12 +223,12 @@ def test_rounding_of_every_upper_half() -> None:
     assert np.array_equal(out[:, 128:].view(np.float32).ravel(), rests)
 
 
-@jit
+@njit
 def sample_tile(x: int, pairs: int, out: int, k: int) -> None:
     tile_bf16.tile8(x, pairs, out, k)
 
 
-@jit
+@njit
 def sample_tiles(x: int, apart: int, pairs: int, out: int, k: int) -> None:
     """Panels 0 and 1, then panel 2 behind them."""
     tile_bf16.tiles_begin()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import pytest
 
 from onnxstream_nb.errors import OnnxstreamError
 from onnxstream_nb.kernels import compile as compiling
-from onnxstream_nb.kernels import jit
-from onnxstream_nb.kernels.jit import Kernel, arg
+from onnxstream_nb.kernels import disk_cache, machine_code
+from onnxstream_nb.kernels.jit import Kernel, arg, jit
 from onnxstream_nb.kernels.vector import atomic_store
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,8 @@ def store_sum(args: int, thread: int, threads: int) -> None:
 
 def assert_adds(kernel: Any) -> None:
     cell = np.zeros(1, np.int64)
-    kernel(np.array([cell.ctypes.data, 40, 2], np.int64).ctypes.data)
+    args = np.array([cell.ctypes.data, 40, 2], np.int64)
+    kernel(args.ctypes.data)
     assert cell[0] == 42
 
 
@@ -46,7 +47,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache for this process."""
     folder = tmp_path / "kernels"
     folder.mkdir()
-    monkeypatch.setattr(jit, "cache_root", lambda: folder)
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: folder)
     monkeypatch.setattr(compiling, "cache_root", lambda: folder)
     return folder
 
@@ -66,20 +67,22 @@ def copies(tmp_path: Path) -> Iterator[Path]:
 
 
 def fresh() -> None:
-    jit.stamp.cache_clear()
-    jit._imports.cache_clear()
+    disk_cache.stamp.cache_clear()
+    disk_cache._imports.cache_clear()
 
 
 def stamp(path: Path) -> str:
     fresh()
-    return str(jit.stamp(path))
+    return str(disk_cache.stamp(path))
 
 
 def edit(path: Path) -> None:
     path.write_text(path.read_text("utf-8") + "\n# edited\n", "utf-8")
 
 
-@pytest.mark.parametrize("edited", ["gemv", "quant", "vector", "simd", "encoding", "jit"])
+@pytest.mark.parametrize(
+    "edited", ["gemv", "quant", "vector", "simd", "encoding", "jit", "machine_code"]
+)
 def test_stamp_covers_a_kernel_s_file_and_all_it_imports(edited: str, copies: Path) -> None:
     before = stamp(copies / "gemv.py")
     edit(copies / f"{edited}.py")
@@ -97,13 +100,20 @@ def test_stamp_does_not_depend_on_the_folder(copies: Path) -> None:
     assert stamp(copies / "flash.py") == stamp(ROOT / "kernels" / "flash.py")
 
 
-@pytest.mark.parametrize("library", [numba, llvmlite])
-def test_stamp_covers_the_compilers_versions(
-    library: Any, copies: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [(numba, "__version__", "99.9"), (llvmlite, "__version__", "99.9"),
+     (machine_code.config, "CPU_NAME", "another"), (machine_code.config, "CPU_FEATURES", "+none")],
+    ids=["numba", "llvmlite", "processor", "features"],
+)  # fmt: skip
+def test_target_covers_compilers_and_processor(
+    owner: Any, name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = stamp(copies / "gemv.py")
-    monkeypatch.setattr(library, "__version__", "99.9")
-    assert stamp(copies / "gemv.py") != before
+    target = machine_code.target.__wrapped__
+    before = target()
+    assert before == target()
+    monkeypatch.setattr(owner, name, value)
+    assert target() != before
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
@@ -113,7 +123,7 @@ def test_every_import_of_a_kernel_file_is_seen(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             imported |= {node.module} if node.module else {a.name for a in node.names}
-    assert {p.stem for p in jit._imports(path)[1]} == imported
+    assert {p.stem for p in disk_cache._imports(path)[1]} == imported
 
 
 # -- the cache's files -------------------------------------------------------------------------
@@ -122,42 +132,73 @@ def test_every_import_of_a_kernel_file_is_seen(path: Path) -> None:
 def test_load_finds_only_what_was_compiled_in_this_form(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not Kernel(store_sum).load() and not list(root.rglob("*.nb?"))
+    assert not Kernel(store_sum).load() and not list(root.rglob("*.o"))
     assert_adds(Kernel(store_sum))
-    assert list(root.glob(f"test_jit_cache-{jit.stamp(Path(__file__))}/*.nbc"))
+    assert list(root.glob(f"test_jit_cache-{disk_cache.stamp(Path(__file__))}/store_sum-*.o"))
     again = Kernel(store_sum)
     assert not again.loaded and again.load() and again.loaded
     assert_adds(again)
-    monkeypatch.setattr(jit, "stamp", lambda path: "0" * 16)
+    monkeypatch.setattr(disk_cache, "stamp", lambda path: "0" * 16)
     assert not Kernel(store_sum).load()
 
 
-@pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
-@pytest.mark.parametrize("keep", [0, 150, "half"])
-def test_a_damaged_file_is_compiled_again(root: Path, suffix: str, keep: Any) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut in the hash": lambda data: data[:20],
+    "cut after the hash": lambda data: data[:32],
+    "cut in half": lambda data: data[: len(data) // 2],
+    "one byte short": lambda data: data[:-1],
+    "one bit wrong": lambda data: data[:500] + bytes([data[500] ^ 1]) + data[501:],
+    "longer": lambda data: data + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_compiled_again(root: Path, damage: str) -> None:
     assert_adds(Kernel(store_sum))
-    (path,) = root.rglob(f"*{suffix}")
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2 if keep == "half" else keep])
+    (path,) = root.rglob("*.o")
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
     assert not Kernel(store_sum).load()
     assert_adds(Kernel(store_sum))
     assert Kernel(store_sum).load()
 
 
+def test_a_file_is_kept_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder" / "file"
+    disk_cache.keep(path, b"first")
+    assert disk_cache.kept(path) == b"first"
+
+    def full(old: str, new: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk_cache.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        disk_cache.keep(path, b"second")
+    assert disk_cache.kept(path) == b"first" and [path] == list(path.parent.iterdir())
+    assert disk_cache.kept(tmp_path / "absent") is None
+
+
+def test_the_parts_of_kernels_cannot_be_called() -> None:
+    with pytest.raises(TypeError, match="store_sum is part of kernels"):
+        jit(store_sum)(0, 0, 1)
+
+
 def test_without_a_cache_kernels_are_compiled_every_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(jit, "cache_root", lambda: None)
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: None)
     monkeypatch.chdir(tmp_path)
     kernel = Kernel(store_sum)
     assert not kernel.load()
     assert_adds(kernel)
     assert not Kernel(store_sum).load() and not list(tmp_path.rglob("*"))
-    jit.prune()
+    disk_cache.prune()
 
 
 def test_prepare_without_a_cache_compiles_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jit, "cache_root", lambda: None)
+    monkeypatch.setattr(disk_cache, "cache_root", lambda: None)
     monkeypatch.setattr(compiling, "cache_root", lambda: None)
     entry = Kernel(store_sum)
     monkeypatch.setattr(compiling, "kernels", lambda: {"store_sum": entry})
@@ -183,7 +224,7 @@ def block(path: Path) -> None:
 
 
 def test_cache_root_is_the_first_place_that_can_be_written(places: dict[str, Path]) -> None:
-    choose = jit.cache_root.__wrapped__
+    choose = disk_cache.cache_root.__wrapped__
     assert choose() == places["variable"] / "kernels" and choose().is_dir()
     shutil.rmtree(places["variable"])
     block(places["variable"])
@@ -206,23 +247,23 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(places: dict[str, 
     planted.mkdir(parents=True)
     for mode in (0o777, 0o770, 0o702):
         planted.chmod(mode)
-        assert jit.cache_root.__wrapped__() is None
+        assert disk_cache.cache_root.__wrapped__() is None
     planted.chmod(0o700)
-    assert jit.cache_root.__wrapped__() == planted
+    assert disk_cache.cache_root.__wrapped__() == planted
 
 
 def test_prune_deletes_only_old_code_of_other_forms(root: Path) -> None:
-    current = root / f"gemv-{jit.stamp(ROOT / 'kernels' / 'gemv.py')}"
+    current = root / f"gemv-{disk_cache.stamp(ROOT / 'kernels' / 'gemv.py')}"
     old, recent, gone = root / "gemv-0123456789abcdef", root / "gemv-fedcba", root / "absent-0123"
-    long_ago = time.time() - (jit.PRUNE_AFTER_DAYS + 1) * 86400
+    long_ago = time.time() - (disk_cache.PRUNE_AFTER_DAYS + 1) * 86400
     for folder in (current, old, recent, gone):
         folder.mkdir()
-        (folder / "code.nbc").write_bytes(b"x")
+        (folder / "code.o").write_bytes(b"x")
         if folder != recent:
             os.utime(folder, (long_ago, long_ago))
-    jit.prune()
+    disk_cache.prune()
     assert {p.name for p in root.iterdir()} == {current.name, recent.name}
-    assert (current / "code.nbc").exists()
+    assert (current / "code.o").exists()
 
 
 def test_python_threads_may_load_kernels_at_once() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_oracles import widened
+from numba import njit
 
 from onnxstream_nb.kernels import vector as v
-from onnxstream_nb.kernels.jit import jit
 from onnxstream_nb.kernels.simd import JIT
 
 RNG = np.random.default_rng(7)
@@ -40,11 +40,11 @@ def stored(function: Callable[..., None], *arguments: Any) -> Array:
 
 
 def unary(primitive: Any) -> Callable[..., None]:
-    return jit(lambda p, q: v.store_f32(q, primitive(v.load_f32(p))))  # type: ignore[no-any-return]
+    return njit(lambda p, q: v.store_f32(q, primitive(v.load_f32(p))))  # type: ignore[no-any-return]
 
 
 def binary(primitive: Any) -> Callable[..., None]:
-    code = jit(lambda p, r, q: v.store_f32(q, primitive(v.load_f32(p), v.load_f32(r))))
+    code = njit(lambda p, r, q: v.store_f32(q, primitive(v.load_f32(p), v.load_f32(r))))
     return code  # type: ignore[no-any-return]
 
 
@@ -76,7 +76,7 @@ def source(dtype: type[np.generic]) -> tuple[Array, Array]:
 @pytest.mark.parametrize("name", LOADS)
 def test_load_gives_sixteen_elements(name: str) -> None:
     load, dtype = LOADS[name]
-    code = jit(lambda p, q: v.store_f32(q, load(p)))
+    code = njit(lambda p, q: v.store_f32(q, load(p)))
     items, expected = source(dtype)
     assert np.array_equal(stored(code, items), expected)
 
@@ -84,7 +84,7 @@ def test_load_gives_sixteen_elements(name: str) -> None:
 @pytest.mark.parametrize("name", PARTIAL_LOADS)
 def test_partial_load_pads_with_zeros(name: str) -> None:
     load, dtype = PARTIAL_LOADS[name]
-    code = jit(lambda p, n, q: v.store_f32(q, load(p, n)))
+    code = njit(lambda p, n, q: v.store_f32(q, load(p, n)))
     items, expected = source(dtype)
     for n in (-3, *COUNTS):
         wanted = np.where(np.arange(16) < n, expected, 0)
@@ -95,7 +95,7 @@ def test_partial_load_pads_with_zeros(name: str) -> None:
 @pytest.mark.parametrize("name", PARTIAL_LOADS)
 def test_partial_load_never_reads_beyond_its_count(name: str) -> None:
     load, dtype = PARTIAL_LOADS[name]
-    code = jit(lambda p, n, q: v.store_f32(q, load(p, n)))
+    code = njit(lambda p, n, q: v.store_f32(q, load(p, n)))
     page, size = mmap.PAGESIZE, np.dtype(dtype).itemsize
     pages = mmap.mmap(-1, 2 * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -113,7 +113,7 @@ STORES: dict[str, tuple[Any, type[np.generic]]] = {
 @pytest.mark.parametrize("name", STORES)
 def test_partial_store_leaves_the_rest_alone(name: str) -> None:
     store, dtype = STORES[name]
-    code = jit(lambda p, n, q: store(q, v.load_f32(p), n))
+    code = njit(lambda p, n, q: store(q, v.load_f32(p), n))
     x, size = floats(), np.dtype(dtype).itemsize
     for n in (-5, *COUNTS):
         memory = np.full(160, 0xA5, np.uint8)
@@ -127,7 +127,7 @@ def test_partial_store_leaves_the_rest_alone(name: str) -> None:
 def test_store_writes_sixteen_elements_only(name: str) -> None:
     store = getattr(v, name)
     dtype = np.float32 if name == "store_f32" else np.float16
-    code = jit(lambda p, q: store(q, v.load_f32(p)))
+    code = njit(lambda p, q: store(q, v.load_f32(p)))
     x, memory = floats(), np.full(160, 0xA5, np.uint8)
     code(x.ctypes.data, memory.ctypes.data + 7)
     wanted = x.astype(dtype).view(np.uint8)
@@ -150,8 +150,8 @@ def assert_same_halves(bits: Array, values: Array) -> None:
 
 def test_all_halves_become_the_float_that_they_are() -> None:
     halves = np.arange(65536, dtype=np.uint16)
-    code = jit(lambda p, q: v.store_f32(q, v.load_f16(p)))
-    peek = jit(lambda p, q: v.poke_f32(q, v.peek_f16(p)))
+    code = njit(lambda p, q: v.store_f32(q, v.load_f16(p)))
+    peek = njit(lambda p, q: v.poke_f32(q, v.peek_f16(p)))
     wanted = halves.view(np.float16).astype(np.float32)
     for convert, step in ((code, 16), (peek, 1)):
         got = np.zeros(65536, np.float32)
@@ -172,11 +172,11 @@ def test_floats_round_to_the_nearest_half_at_every_boundary() -> None:
     cases = np.concatenate([cases, -cases])
     cases = np.append(cases, np.zeros(-cases.size % 16, np.float32))
     bits = np.zeros(cases.size, np.uint16)
-    code = jit(lambda p, q: v.store_f16(q, v.load_f32(p)))
+    code = njit(lambda p, q: v.store_f16(q, v.load_f32(p)))
     for i in range(0, cases.size, 16):
         code(cases.ctypes.data + 4 * i, bits.ctypes.data + 2 * i)
     assert_same_halves(bits, cases)
-    code = jit(lambda p, q: v.poke_f16(q, v.peek_f32(p)))
+    code = njit(lambda p, q: v.poke_f16(q, v.peek_f32(p)))
     bits[:] = 0
     for i in range(0, cases.size, 7):
         code(cases.ctypes.data + 4 * i, bits.ctypes.data + 2 * i)
@@ -186,11 +186,11 @@ def test_floats_round_to_the_nearest_half_at_every_boundary() -> None:
 def test_all_bfloats_become_the_float_that_they_are() -> None:
     bits = np.arange(65536, dtype=np.uint16)
     got = np.zeros(65536, np.float32)
-    code = jit(lambda p, q: v.store_f32(q, v.load_bf16(p)))
+    code = njit(lambda p, q: v.store_f32(q, v.load_bf16(p)))
     for i in range(0, 65536, 16):
         code(bits.ctypes.data + 2 * i, got.ctypes.data + 4 * i)
     assert np.array_equal(got, widened(bits), equal_nan=True)
-    peek = jit(lambda p, q: v.poke_f32(q, v.peek_bf16(p)))
+    peek = njit(lambda p, q: v.poke_f32(q, v.peek_bf16(p)))
     for i in range(0, 65536, 16):
         peek(bits.ctypes.data + 2 * i, got.ctypes.data + 4 * i)
     assert np.array_equal(got, widened(bits), equal_nan=True)
@@ -198,14 +198,14 @@ def test_all_bfloats_become_the_float_that_they_are() -> None:
 
 def test_nibbles_and_the_bits_above_them() -> None:
     low, high = RNG.integers(0, 256, (2, 16), dtype=np.uint8)
-    code = jit(lambda p, s, q: v.store_f32(q, v.load_nibbles(p, s)))
+    code = njit(lambda p, s, q: v.store_f32(q, v.load_nibbles(p, s)))
     assert np.array_equal(stored(code, low, 0), low % 16)
     assert np.array_equal(stored(code, low, 4), low // 16)
-    code = jit(lambda p, r, at, q: v.store_f32(q, v.load_five_bits(p, r, at)))
+    code = njit(lambda p, r, at, q: v.store_f32(q, v.load_five_bits(p, r, at)))
     for at in range(8):
         nibble = low // 16 if at % 2 else low % 16
         assert np.array_equal(stored(code, low, high, at), nibble + 16.0 * (high >> at & 1)), at
-    code = jit(lambda p, r, at, q: v.store_f32(q, v.load_six_bits(p, r, at)))
+    code = njit(lambda p, r, at, q: v.store_f32(q, v.load_six_bits(p, r, at)))
     for at in range(4):
         nibble = low // 16 if at > 1 else low % 16
         wanted = nibble + 16.0 * (high >> 2 * at & 3) - 32
@@ -215,18 +215,18 @@ def test_nibbles_and_the_bits_above_them() -> None:
 def test_scalars() -> None:
     peeks = {np.float32: v.peek_f32, np.uint8: v.peek_u8, np.int8: v.peek_i8}
     for dtype, peek in peeks.items():
-        code = jit(lambda p, q, peek=peek: v.poke_f32(q, peek(p)))
+        code = njit(lambda p, q, peek=peek: v.poke_f32(q, peek(p)))
         for value in (-128, -1, 0, 127) if dtype == np.int8 else (0, 1, 127, 128, 255):
             memory = np.array([77, value, 77], dtype)
             where = memory.ctypes.data + memory.itemsize
             assert stored(code, where)[0] == value
     wide = np.array([2**62 + 3, -(2**62) - 5], np.int64)
     copied = np.zeros(3, np.int64)
-    code = jit(lambda p, q: v.atomic_store(q, v.peek_i64(p)))
+    code = njit(lambda p, q: v.atomic_store(q, v.peek_i64(p)))
     for i in range(2):
         code(wide.ctypes.data + 8 * i, copied.ctypes.data + 8 * i)
     assert copied.tolist() == [*wide.tolist(), 0]
-    code = jit(lambda p: v.peek_f64(p))
+    code = njit(lambda p: v.peek_f64(p))
     value = np.array([1 / 3])
     assert code(value.ctypes.data) == 1 / 3
 
@@ -262,7 +262,7 @@ def test_division_by_zero_is_quiet() -> None:
 
 
 def test_multiply_and_add() -> None:
-    code = jit(
+    code = njit(
         lambda p, r, s, q: v.store_f32(q, v.fma(v.load_f32(p), v.load_f32(r), v.load_f32(s)))
     )
     x, y, z = floats(), floats(), floats()
@@ -272,14 +272,14 @@ def test_multiply_and_add() -> None:
 
 
 def test_constants_fill_all_lanes() -> None:
-    code = jit(lambda p, q: v.store_f32(q, v.splat(v.peek_f32(p))))
+    code = njit(lambda p, q: v.store_f32(q, v.splat(v.peek_f32(p))))
     assert np.array_equal(stored(code, SPECIAL[3:4]), np.full(16, SPECIAL[3]))
-    assert not stored(jit(lambda q: v.store_f32(q, v.zero()))).any()
+    assert not stored(njit(lambda q: v.store_f32(q, v.zero()))).any()
 
 
 def test_reductions() -> None:
-    total = jit(lambda p, q: v.poke_f32(q, v.sum_lanes(v.load_f32(p))))
-    top = jit(lambda p, q: v.poke_f32(q, v.max_lanes(v.load_f32(p))))
+    total = njit(lambda p, q: v.poke_f32(q, v.sum_lanes(v.load_f32(p))))
+    top = njit(lambda p, q: v.poke_f32(q, v.max_lanes(v.load_f32(p))))
     for scale in (1, 1e-20, 1e20):
         x = floats(scale)
         slack = 16 * 2**-24 * np.abs(x.astype(np.float64)).sum()
@@ -294,7 +294,9 @@ def test_reductions() -> None:
 
 
 def test_choice_by_bytes() -> None:
-    code = jit(lambda p, r, s, n, q: v.store_f32(q, v.choose_n(p, v.load_f32(r), v.load_f32(s), n)))
+    code = njit(
+        lambda p, r, s, n, q: v.store_f32(q, v.choose_n(p, v.load_f32(r), v.load_f32(s), n))
+    )
     wanted = np.array([0, 1, 2, 128, 255, 0, 0, 1] * 2, np.uint8)
     x, y = floats(), floats()
     for n in COUNTS:
@@ -340,7 +342,7 @@ def test_exp_beyond_its_range() -> None:
 def test_transpose_of_sixteen_rows_by_strides() -> None:
     x = RNG.standard_normal((16, 21)).astype(np.float32)
     out = np.full((16, 19), 7, np.float32)
-    code = jit(lambda p, stride, q, to: v.transpose16(p, stride, q, to))
+    code = njit(lambda p, stride, q, to: v.transpose16(p, stride, q, to))
     code(x.ctypes.data + 8, x.strides[0], out.ctypes.data + 4, out.strides[0])
     assert np.array_equal(out[:, 1:17], x[:, 2:18].T)
     assert (out[:, 0] == 7).all() and (out[:, 17:] == 7).all()
@@ -349,22 +351,22 @@ def test_transpose_of_sixteen_rows_by_strides() -> None:
 def test_transpose_in_place() -> None:
     x = RNG.standard_normal((16, 16)).astype(np.float32)
     wanted = x.T.copy()
-    code = jit(lambda p: v.transpose16(p, 64, p, 64))
+    code = njit(lambda p: v.transpose16(p, 64, p, 64))
     code(x.ctypes.data)
     assert np.array_equal(x, wanted)
 
 
 def test_prefetch_takes_any_address() -> None:
-    code = jit(lambda p: v.prefetch(p))
+    code = njit(lambda p: v.prefetch(p))
     assert [code(p) for p in (0, -1, 8, 2**47, -(2**62))] == [None] * 5
 
 
 def test_atomics_in_one_thread() -> None:
     cell = np.array([0, 40, 0], np.int64)
     where = cell.ctypes.data + 8
-    add = jit(lambda p, x: v.atomic_add(p, x))
-    load = jit(lambda p: v.atomic_load(p))
-    store = jit(lambda p, x: v.atomic_store(p, x))
+    add = njit(lambda p, x: v.atomic_add(p, x))
+    load = njit(lambda p: v.atomic_load(p))
+    store = njit(lambda p, x: v.atomic_store(p, x))
     assert (add(where, 2), load(where), add(where, -(2**40))) == (40, 42, 42)
     store(where, -7)
     assert load(where) == -7 and cell.tolist() == [0, -7, 0]
@@ -374,7 +376,7 @@ def test_atomics_in_one_thread() -> None:
 def test_atomic_add_loses_nothing_between_threads() -> None:
     cell, each = np.zeros(1, np.int64), 20000
 
-    @jit
+    @njit(nogil=True)
     def count(p: int, times: int) -> int:
         before = 0
         for _ in range(times):
