@@ -3,13 +3,15 @@
     python bench/start.py [MODEL] [--runs 5] [--first-runs 1]
 
 Beside it: the bare interpreter and --help, which must not import the engine. The first run ever
-has an empty folder for compiled kernels, and compiles those that the model needs.
+has an empty folder for compiled kernels, and compiles those that the model needs. Python's bytecode
+is there in all of them: pip writes it when it installs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from harness import engine, parser, report, spread, timed
 from weights import locate
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # it would compile our sources at every start
 PROMPT = "What is the capital of France?"
 
 

@@ -19,6 +19,7 @@ from .simd import JIT
 from .threads import set_precision, set_threads
 
 ALWAYS = ("team_lead", "team_member", "joined")  # what any plan runs on
+LONGEST = ("attention", "gemm")  # to compile: first, lest a child be left alone with one
 DONTNEED = 4  # madvise: these pages will not be needed soon
 
 _CHILD = """
@@ -52,6 +53,7 @@ def prepare(names, workers, progress=None):
     if not JIT:
         return
     missing = [k.name for k in wanted if not k.load()]
+    missing.sort(key=lambda name: not name.startswith(LONGEST))
     if cache_root() is None:
         for done, name in enumerate(missing):
             _tell(progress, name, done, len(missing))

@@ -36,6 +36,7 @@ _SCALARS: Mapping[int, str] = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _MAX_NESTING = 4
+_LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +98,27 @@ class _Reader:
         return struct.unpack_from("<" + code, self.buffer, start)[0]
 
     def string(self) -> str:
-        start = self.take(8)
-        length = int.from_bytes(self.buffer[start : start + 8], "little")
-        start = self.take(length)
-        try:
-            return self.buffer[start : start + length].decode()
-        except UnicodeDecodeError as problem:
-            raise self.error(f"the string at byte {start} is not UTF-8") from problem
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """So many strings, in a loop without calls: a vocabulary has hundreds of thousands."""
+        found, buffer, end = [], self.buffer, self.position
+        unpack = _LENGTH.unpack_from
+        for _ in range(count):
+            start = end + 8
+            if start > len(buffer):
+                self._fill(start)
+                buffer = self.buffer
+            end = start + unpack(buffer, end)[0]
+            if end > len(buffer):
+                self._fill(end)
+                buffer = self.buffer
+            try:
+                found.append(buffer[start:end].decode())
+            except UnicodeDecodeError as problem:
+                raise self.error(f"the string at byte {start} is not UTF-8") from problem
+        self.position = end
+        return found
 
     def count(self, smallest: int) -> int:
         """A number of items of at least `smallest` bytes each, checked against what is left."""
@@ -123,9 +138,10 @@ class _Reader:
         return self._array(int(self.scalar("I")), nesting + 1)
 
     def _array(self, kind: int, nesting: int) -> list[Any]:
+        if kind == _STRING:
+            return self.strings(self.count(8))
         if kind not in _SCALARS:
-            count = self.count(8 if kind == _STRING else 12)
-            return [self.value(kind, nesting) for _ in range(count)]
+            return [self.value(kind, nesting) for _ in range(self.count(12))]
         width = struct.calcsize(_SCALARS[kind])
         count = self.count(width)
         start = self.take(count * width)
