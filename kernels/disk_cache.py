@@ -23,12 +23,18 @@ _HASH_BYTES = 32
 
 @cache
 def _imports(path):
-    """The bytes of a kernel file, and the kernel files beside it that it imports."""
-    source = path.read_bytes()
-    names = re.findall(rb"^from \.(\w+) import", source, re.MULTILINE)
-    for line in re.findall(rb"^from \. import (.+)$", source, re.MULTILINE):
-        names += [name.split()[0] for name in line.split(b",")]
-    return source, tuple(sorted({path.parent / f"{n.decode()}.py" for n in names}))
+    """The bytes of a kernel file, and the kernel files that it imports: those beside it and, if it
+    is elsewhere, those of the package."""
+    source, files = path.read_bytes(), set()
+    ways = [(rb"\.", rb"", path.parent)]
+    if path.parent != _HERE:
+        ways.append((rb"onnxstream_nb\.kernels", rb"\.", _HERE))
+    for package, dot, folder in ways:
+        names = re.findall(rb"^from %b%b(\w+) import" % (package, dot), source, re.MULTILINE)
+        for line in re.findall(rb"^from %b import (.+)$" % package, source, re.MULTILINE):
+            names += [name.split()[0] for name in line.split(b",")]
+        files |= {folder / f"{name.decode()}.py" for name in names}
+    return source, tuple(sorted(files))
 
 
 @cache

@@ -96,6 +96,20 @@ def test_stamp_ignores_files_that_are_not_imported(copies: Path) -> None:
     assert stamp(copies / "gemv.py") == before
 
 
+@pytest.mark.parametrize(
+    "line", ["from onnxstream_nb.kernels.gemv import dot", "from onnxstream_nb.kernels import gemv"]
+)
+def test_stamp_of_a_file_elsewhere_covers_what_it_imports_of_the_package(
+    line: str, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_cache, "_HERE", copies)
+    path = tmp_path / "own.py"
+    path.write_text(f"import numpy\n{line}\n")
+    before = stamp(path)
+    edit(copies / "vector.py")
+    assert stamp(path) != before
+
+
 def test_stamp_does_not_depend_on_the_folder(copies: Path) -> None:
     assert stamp(copies / "flash.py") == stamp(ROOT / "kernels" / "flash.py")
 
