@@ -15,18 +15,12 @@ from llama_fixtures import write_gguf
 from llama_oracle import Tiny
 
 CHAT = """
-import re, sys
+import sys
 from onnxstream_nb import device
-from onnxstream_nb.errors import MemoryBudgetError
 from onnxstream_nb.llm import LanguageModel
 
-path, factor = sys.argv[1], float(sys.argv[2])
-try:
-    LanguageModel(path, ram=1)
-except MemoryBudgetError as error:
-    least = device.parse_size(re.search("at least (.*?) is needed", str(error))[1])
-ram = int(factor * least)
-model = LanguageModel(path, ram=ram)
+ram = int(sys.argv[2])
+model = LanguageModel(sys.argv[1], ram=ram)
 model.feed([(7 * i) % 8000 for i in range(512)])
 for i in range(30):
     model.feed([i])
@@ -116,9 +110,10 @@ def test_a_chat_stays_within_its_budget(tmp_path: Path) -> None:
     tiny = Tiny(vocab=8000, hidden=512, intermediate=1536, layers=8, heads=8, kv_heads=4,
                 head_dim=64, context=1024)  # fmt: skip
     write_gguf(path, tiny, "F16")
-    process(CHAT, path, 10)
+    process(CHAT, path, 10**9)  # compiles
+    least = int(process(LEAST, path)[0])
     for factor, held in ((1, "False"), (1.15, "False"), (2, "True")):
-        all_held, peak, ram = process(CHAT, path, factor)
+        all_held, peak, ram = process(CHAT, path, int(factor * least))
         assert all_held == held
         assert int(peak) <= int(ram)
 
@@ -146,7 +141,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read, and limits kept, as on Linux")
 @pytest.mark.parametrize(
     ("order", "ways"),
-    [("rows", {"160MB": "limited", "260MB": "free"}), ("columns", {"200MB": "limited"})],
+    [("rows", {"160MB": "limited", "230MB": "free"}), ("columns", {"180MB": "limited"})],
 )
 def test_a_model_larger_than_its_budget(order: str, ways: dict[str, str], weights: Path) -> None:
     """151 MB of weights in a process of at most so much, itself included; also when the system
