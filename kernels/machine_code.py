@@ -18,6 +18,7 @@ import numba
 from llvmlite import ir
 from numba import njit, types
 from numba.core import codegen, config
+from numba.core import ir as numba_ir
 from numba.core.compiler import CompilerBase, DefaultPassBuilder, _LowerResult
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
@@ -25,6 +26,7 @@ from numba.core.registry import cpu_target
 from numba.core.typed_passes import NativeLowering
 from numba.extending import overload
 
+_RAISES = (numba_ir.Raise, numba_ir.StaticRaise, numba_ir.DynamicRaise)
 SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 
@@ -50,6 +52,9 @@ class _Lowering(NativeLowering):
     _name = "onnxstream_nb_lowering"
 
     def run_pass(self, state):
+        for block in state.func_ir.blocks.values():
+            for raised in block.find_insts(_RAISES):  # nobody would hear of it: see compile_kernel
+                raise TypeError(f"{raised.loc}: kernels, and what they call, cannot raise")
         state.library = Code(state.targetctx.codegen(), state.func_id.func_qualname)
         state.flags.no_compile = True
         super().run_pass(state)
@@ -113,7 +118,7 @@ def compile_kernel(function, symbol):
     builder = ir.IRBuilder(entry.append_basic_block())
     context = form.target_context
     inner = context.declare_function(module, form.fndesc)
-    # It has no error to report: kernels raise nothing.
+    # What it returns is not looked at: kernels raise nothing.
     context.call_conv.call_function(builder, inner, types.void, SIGNATURE.args, entry.args)
     builder.ret_void()
     form.library.add_ir_module(module)

@@ -194,6 +194,18 @@ def test_a_file_is_kept_whole_or_not_at_all(
     assert disk_cache.kept(tmp_path / "absent") is None
 
 
+def refuse(args: int, thread: int, threads: int) -> None:
+    """A kernel that raises, as none may."""
+    if threads > 1:
+        raise ValueError("too many")
+
+
+def test_a_kernel_that_raises_is_not_compiled(root: Path) -> None:
+    with pytest.raises(TypeError, match=r"test_jit_cache.py \(\d+\): kernels.* cannot raise"):
+        Kernel(refuse).compile()
+    assert not list(root.rglob("*.o"))
+
+
 def test_the_parts_of_kernels_cannot_be_called() -> None:
     with pytest.raises(TypeError, match="store_sum is part of kernels"):
         jit(store_sum)(0, 0, 1)
