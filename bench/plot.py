@@ -76,7 +76,7 @@ def bars(axes: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]]
         axes.bar_label(drawn, [label if float(label) else "" for label in labels], fontsize=6)
     axes.set_xticks(range(len(groups)), groups, fontsize=7)
     axes.set_ylabel(f"of {by}", fontsize=8)
-    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
 def short(model: str) -> str:
