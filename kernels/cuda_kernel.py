@@ -160,7 +160,7 @@ def _versions():
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for package in ("numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
+    for package in ("numba", "llvmlite", "numba-cuda", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

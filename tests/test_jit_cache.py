@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,7 +23,8 @@ import pytest
 
 from onnxstream_nb.errors import OnnxstreamError
 from onnxstream_nb.kernels import compile as compiling
-from onnxstream_nb.kernels import disk_cache, machine_code
+from onnxstream_nb.kernels import cuda_kernel, disk_cache, machine_code
+from onnxstream_nb.kernels.cuda_kernel import CudaKernel
 from onnxstream_nb.kernels.jit import Kernel, arg, jit
 from onnxstream_nb.kernels.vector import atomic_store
 
@@ -128,6 +130,20 @@ def test_target_covers_compilers_and_processor(
     assert before == target()
     monkeypatch.setattr(owner, name, value)
     assert target() != before
+
+
+@pytest.mark.parametrize("package", ["numba", "llvmlite", "numba-cuda", "nvidia-nvvm"])
+def test_ptx_is_made_again_for_another_version_of_what_compiles_it(
+    package: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = CudaKernel("sum", store_sum, "")
+    monkeypatch.setattr(cuda_kernel, "_versions", cuda_kernel._versions.__wrapped__)
+    before = entry._cached()
+    installed = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "99.9" if name == package else installed(name)
+    )
+    assert entry._cached() != before
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
