@@ -77,7 +77,7 @@ class _Pipeline(CompilerBase):
         return [manager]
 
 
-OPTIONS = {
+_OPTIONS = {
     "nogil": True, "error_model": "numpy", "pipeline_class": _Pipeline,
     "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
 }  # fmt: skip
@@ -88,7 +88,7 @@ class Function:
     """A Python function that becomes part of kernels. It is set up when a kernel is compiled."""
 
     def __init__(self, function, **options):
-        self.py_func, self._options = function, OPTIONS | options
+        self.py_func, self._options = function, _OPTIONS | options
         update_wrapper(self, function)
 
     @cached_property
@@ -105,7 +105,7 @@ class Function:
 
 def overload_inline(function):
     """Numba's `overload` for code that melts into kernels."""
-    return overload(function, jit_options=OPTIONS | {"forceinline": True})
+    return overload(function, jit_options=_OPTIONS | {"forceinline": True})
 
 
 @global_compiler_lock
@@ -139,7 +139,8 @@ def target():
 
 
 @cache
-def _linker():
+def _host():
+    """LLVM's target for this process."""
     codegen.initialize_llvm()
     if sys.platform == "win32":
         _ = cpu_target.target_context  # brings functions of C that no library of Windows' has
@@ -154,7 +155,7 @@ def load_object(data, symbol):
 
     Each file has an engine of its own, so that names within it meet none of another's.
     """
-    machine = _linker().create_target_machine(jit=True)
+    machine = _host().create_target_machine(jit=True)
     engine = llvm.create_mcjit_compiler(
         llvm.parse_assembly(""), machine, use_lmm=config.USE_LLVMLITE_MEMORY_MANAGER
     )

@@ -101,7 +101,7 @@ class _Reader:
         return self.strings(1)[0]
 
     def strings(self, count: int) -> list[str]:
-        """So many strings, in a loop without calls: a vocabulary has hundreds of thousands."""
+        """So many strings, in one loop: a vocabulary has hundreds of thousands."""
         found, buffer, end = [], self.buffer, self.position
         unpack = _LENGTH.unpack_from
         for _ in range(count):
