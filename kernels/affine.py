@@ -16,13 +16,10 @@ point 4.75. A matrix with one scale a row has one unit, so that 8 bits take 8 bi
 
 from dataclasses import dataclass
 
-from .jit import inline, jit
+from .jit import inline
 from .panels import PanelEncoding
-from .quads import (
-    RECORD, SCALE, dot_above, dot_above_first, dot_above_last, load_quads, load_split_quads,
-    peek_i32,
-)  # fmt: skip
-from .vector import fma, load_f16, load_f32, mul, peek_f32, splat, store_f32
+from .quads import load_quads, load_split_quads, peek_i32
+from .vector import load_f16, load_f32
 
 HEAD = 64
 SHARED = 32  # where the head has the zero points of all units
@@ -88,32 +85,10 @@ def geometry(ref):
     return Geometry(-(-k // (32 * each)), each, *kind, ref.block == 16 and k > 16)
 
 
-@jit
-def add_above(q, scale, zeros, x, rows, out):
-    """out (rows, 16) += scale times (q minus the zero points, times each record)."""
-    for r in range(rows):
-        record, total = x + RECORD * r, out + 64 * r
-        factor = mul(scale, splat(peek_f32(record + SCALE)))
-        store_f32(total, fma(dot_above(q, record, zeros), factor, load_f32(total)))
-
-
 @inline
 def scales_of(unit, flags):
     """The scales (16,) of a unit."""
     return load_f16(unit) if flags & HALF else load_f32(unit)
-
-
-@jit
-def add_halves(q, unit, zeros, flags, x, rows, out):
-    """The same with two scales and zero points: of the first 16 elements, and of the last."""
-    first = scales_of(unit, flags)
-    last = scales_of(unit + (32 if flags & HALF else 64), flags)
-    more = zeros + 8 * (flags & ZEROS)
-    for r in range(rows):
-        record, total = x + RECORD * r, out + 64 * r
-        terms = mul(first, dot_above_first(q, record, zeros))
-        terms = fma(last, dot_above_last(q, record, more), terms)
-        store_f32(total, fma(terms, splat(peek_f32(record + SCALE)), load_f32(total)))
 
 
 @inline
@@ -130,37 +105,27 @@ def unit_of(panel, g):
 
 
 @inline
-def add_group(q, unit, zeros, flags, x, rows, out):
+def scales_and_points(unit, zeros, flags):
+    """The scales (16,) of a unit, those of its last 16 elements where it has two, the addresses of
+    the zero points of either, what the head says of units."""
+    first = last = scales_of(unit, flags)
     if flags & HALVES:
-        add_halves(q, unit, zeros, flags, x, rows, out)
-    else:
-        add_above(q, scales_of(unit, flags), zeros, x, rows, out)
+        last = scales_of(unit + (32 if flags & HALF else 64), flags)
+    return first, last, zeros, zeros + 8 * (flags & ZEROS), flags
 
 
 @inline
 def read_affine4(panel, g):
-    """Quads, the addresses of the unit and of its zero points, what the head says of units."""
+    """Quads, and what `scales_and_points` gives."""
     unit, zeros, quads, i, flags = unit_of(panel, g)
-    return load_split_quads(quads + 256 * i), unit, zeros, flags
-
-
-@inline
-def add_affine4(panel, g, x, rows, out):
-    q, unit, zeros, flags = read_affine4(panel, g)
-    add_group(q, unit, zeros, flags, x, rows, out)
+    return load_split_quads(quads + 256 * i), *scales_and_points(unit, zeros, flags)
 
 
 @inline
 def read_affine8(panel, g):
     unit, zeros, quads, i, flags = unit_of(panel, g)
-    return load_quads(quads + 512 * i), unit, zeros, flags
+    return load_quads(quads + 512 * i), *scales_and_points(unit, zeros, flags)
 
 
-@inline
-def add_affine8(panel, g, x, rows, out):
-    q, unit, zeros, flags = read_affine8(panel, g)
-    add_group(q, unit, zeros, flags, x, rows, out)
-
-
-AFFINE4 = PanelEncoding("affine4_panels", 1, 1, 0, add_affine4, None, read_affine4, "above")
-AFFINE8 = PanelEncoding("affine8_panels", 1, 1, 0, add_affine8, None, read_affine8, "above")
+AFFINE4 = PanelEncoding("affine4_panels", 1, 0, None, read_affine4, "above")
+AFFINE8 = PanelEncoding("affine8_panels", 1, 0, None, read_affine8, "above")

@@ -29,9 +29,13 @@ SHORT = 2048  # bytes: a row so short ends before the hardware has noticed that 
 
 
 @inline
-def distance(stride, together):
-    """How far ahead to prefetch rows of `stride` bytes, `together` of which are read at a time."""
-    return together * stride if stride < SHORT else AHEAD
+def ahead_of(at, stride, together):
+    """Where to prefetch when byte `at` of rows of `stride` bytes is read, `together` at a time:
+    behind a row's end comes the row that is read after it."""
+    if stride < SHORT:
+        return at + together * stride
+    at += AHEAD
+    return at if at < stride else at + (together - 1) * stride
 
 
 @jit
@@ -96,10 +100,10 @@ def store_four(sums, y):
 def dot4(token, row, stride, x, y, k):
     """Four rows (4, K) times x (K,) -> (4,) at y; K a multiple of 32."""
     sums = nothing()
-    step, beyond = (stride << 5) // k, distance(stride, 4)
+    step = (stride << 5) // k
     for g in range(k >> 5):
         x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        sums = add_four(token, row, stride, g, g * step + beyond, x0, x1, sums)
+        sums = add_four(token, row, stride, g, ahead_of(g * step, stride, 4), x0, x1, sums)
     store_four(sums, y)
 
 
@@ -107,10 +111,10 @@ def dot4(token, row, stride, x, y, k):
 def dot8(token, row, stride, x, y, k):
     """Eight rows (8, K) times x (K,) -> (8,) at y; K a multiple of 32."""
     first, last = nothing(), nothing()
-    step, beyond = (stride << 5) // k, distance(stride, 8)
+    step = (stride << 5) // k
     for g in range(k >> 5):
         x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        ahead = g * step + beyond
+        ahead = ahead_of(g * step, stride, 8)
         first = add_four(token, row, stride, g, ahead, x0, x1, first)
         last = add_four(token, row + 4 * stride, stride, g, ahead, x0, x1, last)
     store_four(first, y)

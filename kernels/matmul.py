@@ -15,7 +15,7 @@ from .gemm import BLOCK, TILE_ROWS, gemm_pack, scratch_bytes
 from .joined import Flow
 from .lowered import FEW_ROWS, Rows, plain
 from .packing import Packer, Panels
-from .panel_products import block_rows, quantize_rows
+from .panel_products import TOGETHER, block_rows, quantize_rows
 from .quads import RECORD
 from .threads import precision, team
 from .weight import decode
@@ -136,7 +136,7 @@ def _one_packed(x, weight, out, room):
     # Apart from those of another length: while a share makes records of what a product gives, the
     # others may still read those of its x.
     records, kept, fresh = room(nbytes, quantize_rows, f"records of {k}")
-    scratch, each, held = team().scratch(64)
+    scratch, each, held = team().scratch(64 * TOGETHER)
     where, onto = (weight.address, weight.row_bytes, records), int(begin > 0)
     todo = [(_kernel("gemv", weight), *where, y + 4 * weight.first, n, k, scratch, each, onto)]
     made = ((records, nbytes),)

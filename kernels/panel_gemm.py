@@ -11,7 +11,7 @@ import numpy as np
 
 from ..registry import register_kernel
 from . import panel_products
-from .affine import AFFINE4, AFFINE8, HALF, HALVES, ZEROS, scales_of
+from .affine import AFFINE4, AFFINE8, HALVES
 from .jit import Kernel, arg, inline, jit, kernel, share
 from .machine_code import overload_inline
 from .panel_products import LEAST, begin, put_fields
@@ -149,12 +149,12 @@ def add_above(q, r, s, t, zeros, points, x, rows, out):
 
 
 @jit
-def add_above_halves(q, r, s, t, a, b, zeros, points, more, x, rows, out):
-    """The same with two scales and zero points, those of the last elements `more` bytes on."""
+def add_above_halves(q, r, s, t, a, b, zeros, points, below, under, x, rows, out):
+    """The same with two scales and zero points: a, b, `below` and `under` are of the last."""
     for i in range(0, rows, ROWS):
         record, total = x + RECORD * i, out + ROW_BYTES * i
         terms = mul_tiles(by_panel(s, t), dots_above_first(q, r, record, zeros, points))
-        last = dots_above_last(q, r, record, zeros + more, points + more)
+        last = dots_above_last(q, r, record, below, under)
         terms = fma_tiles(by_panel(a, b), last, terms)
         store_tile(total, fma_tiles(terms, scales_by_row(record), load_tile(total)))
 
@@ -164,14 +164,10 @@ def above(encoding):
     read = encoding.read
 
     def add(token, one, two, g, x, rows, out):
-        q, unit, zeros, flags = read(one, g)
-        r, other, points, _ = read(two, g)
-        s, t = scales_of(unit, flags), scales_of(other, flags)
+        q, s, a, zeros, below, flags = read(one, g)
+        r, t, b, points, under, _ = read(two, g)
         if flags & HALVES:
-            behind = 32 if flags & HALF else 64
-            a, b = scales_of(unit + behind, flags), scales_of(other + behind, flags)
-            more = 8 * (flags & ZEROS)
-            add_above_halves(q, r, s, t, a, b, zeros, points, more, x, rows, out)
+            add_above_halves(q, r, s, t, a, b, zeros, points, below, under, x, rows, out)
         else:
             add_above(q, r, s, t, zeros, points, x, rows, out)
 

@@ -9,20 +9,27 @@ activations. The relative error against float32 activations is below 1e-4.
 
 import numpy as np
 
-from .affine import AFFINE4, AFFINE8
+from .affine import AFFINE4, AFFINE8, HALVES
+from .gemv import ONE_STREAM
 from .jit import arg, inline, jit, kernel, share
+from .machine_code import overload_inline
 from .panels import (
-    Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, add_group, block_groups, bytes_ahead, pack_block,
-    step_groups,
+    Q4_0, Q4_1, Q4_K, Q5_K, Q6_K, Q8_0, block_groups, bytes_ahead, pack_block, read_group,
 )  # fmt: skip
 from .quads import (
-    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, largest32,
-    poke_i32, quantize16,
+    LIMIT, MINUS_8, MINUS_32_FIRST, MINUS_32_LAST, MINUS_128, RECORD, SCALE, SUM, ZERO, dot,
+    dot_above, dot_above_first, dot_above_last, dot_first, dot_last, largest32, poke_i32,
+    quantize16,
 )  # fmt: skip
-from .vector import load_f32, load_f32_n, poke_f32, prefetch, store_f32, store_f32_n, zero
+from .simd import JIT
+from .vector import (
+    fma, load_f32, load_f32_n, mul, peek_f32, poke_f32, prefetch, splat, store_f32, store_f32_n,
+    zero,
+)  # fmt: skip
 
 LEAST = np.float32(1e-30)  # a group that is smaller counts as zeros: its scale has no inverse
 ROWS = 16  # of W a panel
+TOGETHER = 1 if ONE_STREAM else 4  # panels that one vector is multiplied with side by side
 BLOCK_BYTES = 400_000  # of records that are multiplied with one panel after the other, in L2
 
 
@@ -74,16 +81,123 @@ def quantize_rows(args, thread, threads):
         at += count
 
 
+# -- a group of a panel times a record: so_far (16,) plus its products ---------------------------
+
+
+def scaled(encoding):
+    """scale times the sum of products."""
+    start = encoding.start
+
+    def plus(token, group, record, so_far):
+        q, scale = group
+        factor = mul(scale, splat(peek_f32(record + SCALE)))
+        return fma(dot(q, record, record + start), factor, so_far)
+
+    return plus
+
+
+def offset(encoding):
+    """The same plus an offset times the activations' sum."""
+    start = encoding.start
+
+    def plus(token, group, record, so_far):
+        q, scale, below = group
+        factor = mul(scale, splat(peek_f32(record + SCALE)))
+        so_far = fma(below, splat(peek_f32(record + SUM)), so_far)
+        return fma(dot(q, record, record + start), factor, so_far)
+
+    return plus
+
+
+def halves(encoding):
+    """Two scales: of the first 16 elements, and of the last."""
+
+    def plus(token, group, record, so_far):
+        q, first, last = group
+        terms = mul(first, dot_first(q, record, record + MINUS_32_FIRST))
+        terms = fma(last, dot_last(q, record, record + MINUS_32_LAST), terms)
+        return fma(terms, splat(peek_f32(record + SCALE)), so_far)
+
+    return plus
+
+
+def above(encoding):
+    """Zero points, and perhaps two scales: the panels' heads say it."""
+
+    def plus(token, group, record, so_far):
+        q, first, last, zeros, more, flags = group
+        scale = splat(peek_f32(record + SCALE))
+        if flags & HALVES:
+            terms = mul(first, dot_above_first(q, record, zeros))
+            terms = fma(last, dot_above_last(q, record, more), terms)
+            return fma(terms, scale, so_far)
+        return fma(dot_above(q, record, zeros), mul(first, scale), so_far)
+
+    return plus
+
+
+FORMS = {"scaled": scaled, "offset": offset, "halves": halves, "above": above}
+
+
+def plus(token, group, record, so_far):
+    """so_far (16,) plus a group that `read_group` gave times a record."""
+    return FORMS[token.form](token)(token, group, record, so_far)
+
+
+if JIT:
+
+    @overload_inline(plus)
+    def _plus(token, group, record, so_far):
+        return FORMS[token.token.form](token.token)
+
+
+# -- products ------------------------------------------------------------------------------------
+
+
 @jit
 def panel_product(token, panel, nbytes, x, groups, rows, out):
     """16 weight rows, a panel of `nbytes`, times `rows` rows of records (groups, rows), added to
     out (rows, 16)."""
-    each, step = nbytes // groups, step_groups(token)
-    for g in range(0, groups, step):
-        ahead = panel + each * g + bytes_ahead(token)
-        for line in range(0, each * step, 64):
-            prefetch(ahead + line)
-        add_group(token, panel, g, x + RECORD * rows * g, rows, out)
+    each, ahead = nbytes // groups, bytes_ahead(token)
+    for g in range(groups):
+        for line in range(each * g + ahead, each * (g + 1) + ahead, 64):
+            prefetch(panel + line)
+        group = read_group(token, panel, g)
+        for r in range(rows):
+            total = out + 64 * r
+            record = x + RECORD * (rows * g + r)
+            store_f32(total, plus(token, group, record, load_f32(total)))
+
+
+@jit
+def four_panels(token, one, nbytes, x, groups, out):
+    """Four panels of `nbytes` each times records (groups,), added to out (4, 16).
+
+    Each is a stream of its own: where the hardware has to begin anew, at every page, three others
+    are under way. Behind a panel's end, what is prefetched is the one that is read after it. What
+    is read of x serves all of them.
+    """
+    each, ahead = nbytes // groups, bytes_ahead(token)
+    two, three, four = one + nbytes, one + 2 * nbytes, one + 3 * nbytes
+    a, b, c, d = load_f32(out), load_f32(out + 64), load_f32(out + 128), load_f32(out + 192)
+    for g in range(groups):
+        at = each * g + ahead
+        if at >= nbytes:
+            at += 3 * nbytes
+        for line in range(at, at + each, 64):
+            prefetch(one + line)
+            prefetch(two + line)
+            prefetch(three + line)
+            prefetch(four + line)
+        record = x + RECORD * g
+        a = plus(token, read_group(token, one, g), record, a)
+        b = plus(token, read_group(token, two, g), record, b)
+        c = plus(token, read_group(token, three, g), record, c)
+        d = plus(token, read_group(token, four, g), record, d)
+    store_f32(out, a)
+    store_f32(out + 64, b)
+    store_f32(out + 128, c)
+    store_f32(out + 192, d)
 
 
 @inline
@@ -97,13 +211,21 @@ def gemv(token, args, thread, threads):
     """args: panels, bytes a panel, records, y, N, K, scratch, its bytes a thread, whether to add to
     y."""
     panels, step, records, y = arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3)
-    n, k, out = arg(args, 4), arg(args, 5), arg(args, 6) + arg(args, 7) * thread
+    n, groups, out = arg(args, 4), arg(args, 5) >> 5, arg(args, 6) + arg(args, 7) * thread
     onto = arg(args, 8)
-    start, stop = share(n, ROWS, thread, threads)
-    for i in range(start, stop, ROWS):
-        begin(out, y + 4 * i, n - i, onto)
-        panel_product(token, panels + step * (i // ROWS), step, records, k >> 5, 1, out)
-        store_f32_n(y + 4 * i, load_f32(out), n - i)
+    i, stop = share(n, ROWS, thread, threads)
+    while i < stop:
+        panel = panels + step * (i // ROWS)
+        count = TOGETHER if stop - i > ROWS * (TOGETHER - 1) else 1
+        for p in range(count):
+            begin(out + 64 * p, y + 4 * i + 64 * p, n - i - ROWS * p, onto)
+        if count > 1:
+            four_panels(token, panel, step, records, groups, out)
+        else:
+            panel_product(token, panel, step, records, groups, 1, out)
+        for p in range(count):
+            store_f32_n(y + 4 * i + 64 * p, load_f32(out + 64 * p), n - i - ROWS * p)
+        i += ROWS * count
 
 
 @jit
