@@ -278,6 +278,9 @@ def _twin_exp(x):
         return np.where(x < -87.33654, 0, value).astype(np.float32)
 
 
+EXPONENTS = 1.5 * 2.0**23 + 127
+
+
 @primitive(f32x16, f32x16, twin=_twin_exp)
 def exp(b, x):
     """e ** x to 2 ulp; 0 where the result is below the normal numbers, at most e ** 88.02969.
@@ -290,17 +293,18 @@ def exp(b, x):
 
     # Comparisons are written so that a NaN passes through them.
     tiny = b.fcmp_ordered("<", x, constant(-87.33654))
-    x = b.select(tiny, constant(-87.33654), x)
     x = b.select(b.fcmp_ordered(">", x, constant(88.02969)), constant(88.02969), x)
-    n = call(b, "llvm.rint.v16f32", VF32, [b.fmul(x, constant(1.44269504088896341))])
+    # So far from 0, a float32's last bits are those of the nearest integer: of n + 127.
+    moved = madd(x, constant(1.44269504088896341), constant(EXPONENTS))
+    n = b.fsub(moved, constant(EXPONENTS))
     r = madd(n, constant(-0.693359375), x)
     r = madd(n, constant(2.12194440e-4), r)
     p = constant(1.9875691500e-4)
     for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         p = madd(p, r, constant(c))
     p = b.fadd(madd(b.fmul(p, r), r, r), constant(1.0))
-    exponent = b.shl(b.add(b.fptosi(n, VI32), constant(127, VI32)), constant(23, VI32))
-    return b.select(tiny, constant(0.0), b.fmul(p, b.bitcast(exponent, VF32)))
+    power = b.bitcast(b.shl(b.bitcast(moved, VI32), constant(23, VI32)), VF32)
+    return b.select(tiny, constant(0.0), b.fmul(p, power))
 
 
 # -- moving lanes ------------------------------------------------------------------------------
