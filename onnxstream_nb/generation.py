@@ -91,7 +91,8 @@ class Stats:
 
 
 class Generation(Work, Iterator[Token]):
-    """One reply: iterate it for its tokens. `stats` fills as it goes, `stop()` ends it.
+    """One reply: iterate it for its tokens. `stats` fills as it goes, `stop()` ends it; `params`
+    are the SamplingParams that it is drawn with.
 
     Text that was held back (half a character, the beginning of a stop string) comes with the last
     token; a stopped reply drops it. `guesses` is how many tokens the text may propose a pass.
@@ -111,7 +112,7 @@ class Generation(Work, Iterator[Token]):
         from .speculation import Decoder
         from .tokenizer import StopStrings
 
-        self.stats = Stats(load_s=model.load_s)
+        self.params, self.stats = params, Stats(load_s=model.load_s)
         self.prompt_ids = list(prompt)
         self.ids: list[int] = []
         self._model = model

@@ -35,7 +35,8 @@ class Model:
     """A language model with its tokenizer. Use `Model.load`; close it, or use it in a `with`.
 
     Attributes: `name`, `path`, `tokenizer`, `llm`, `context` (tokens), `load_s` (seconds), `draft`
-    (the language model that guesses for it, or None), `speculate` (see `load`).
+    (the language model that guesses for it, or None), `speculate` (see `load`), `sampling` (fields
+    of `SamplingParams` whose defaults are others for this model).
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Model:
         *,
         draft: LanguageModel | None = None,
         speculate: int | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.name, self.path, self.tokenizer, self.llm = name, path, tokenizer, llm
         self.context = llm.context
         self.load_s = load_s
-        self.draft, self.speculate = draft, speculate
+        self.draft, self.speculate, self.sampling = draft, speculate, sampling or {}
         guesses_a_pass(llm, speculate, draft is not None)
         self._lock = threading.Lock()
         self._active: weakref.ref[Work] | None = None
@@ -123,7 +125,10 @@ class Model:
                 )  # fmt: skip
             undo.callback(llm.close)
             llm.logits_stay = True  # the sampler looks at them where they are
-            model = cls(found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate)
+            model = cls(
+                found.name, found.path, tokenizer, llm, draft=drafter, speculate=speculate,
+                sampling=found.sampling,
+            )  # fmt: skip
             undo.pop_all()
         model.load_s = perf_counter() - started
         return model
@@ -142,7 +147,8 @@ class Model:
 
         With `raw` the prompt is continued as it stands, without a template: text of special tokens
         in it means those tokens. `speculate` is as for `load`, whose value it defaults to.
-        `sampling` holds fields of `SamplingParams`.
+        `sampling` holds fields of `SamplingParams`; those of the model's own `sampling` and then
+        the usual defaults stand for the others.
         Errors: UsageError for a bad option or a prompt longer than the context.
         """
         return self._start(self._encoder(prompt, system, raw), max_tokens, speculate, sampling)
@@ -264,7 +270,7 @@ class Model:
     ) -> Generation:
         from .sampling import params_of
 
-        params = params_of(sampling)
+        params = params_of({**self.sampling, **sampling})
         if max_tokens is not None and max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}: it must be at least 1")
         asked = self.speculate if speculate is None else speculate

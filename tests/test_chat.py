@@ -235,6 +235,16 @@ def test_set_changes_lists_and_resets() -> None:
     assert talk.conversation.settings == {}
 
 
+def test_the_models_own_sampling_is_its_default() -> None:
+    talk = Talk()
+    talk.conversation.model.sampling = {"temperature": 0.2}
+    talk.say("/set")
+    assert ["temperature", "0.2", "*"] in [line.split() for line in talk.out.splitlines()]
+    talk.say("/set temperature 0.5", "/set temperature default", "/set temperature")
+    assert talk.err.splitlines()[-1] == "temperature is 0.2"
+    assert talk.conversation.settings == {}
+
+
 def test_a_bad_setting_changes_nothing() -> None:
     talk = Talk()
     talk.say("/set temperature 0.5", "/set temperature -5")

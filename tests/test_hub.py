@@ -92,6 +92,14 @@ def test_the_catalogue_is_what_its_geometry_says() -> None:
         assert CATALOGUE[name].size_bytes == pytest.approx(2 * parameters, rel=1e-3)
 
 
+def test_the_sampling_that_a_catalogue_model_asks_for_makes_sense() -> None:
+    from onnxstream_nb.sampling import SamplingParams
+
+    for entry in CATALOGUE.values():
+        SamplingParams(**entry.sampling)
+    assert CATALOGUE["smollm2-135m"].sampling == {"temperature": 0.2, "top_p": 0.9}
+
+
 def test_importing_the_hub_is_light() -> None:
     heavy = "{'huggingface_hub', 'httpx2', 'numpy', 'filelock', 'platformdirs', 'psutil', 'tqdm'}"
     code = f"import sys, onnxstream_nb.hub; print(sorted({heavy} & set(sys.modules)))"

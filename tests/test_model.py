@@ -43,6 +43,15 @@ def test_a_reply_ends_with_the_end_of_turn() -> None:
     assert 0 < stats.prefill_s <= stats.ttft_s
 
 
+def test_the_models_own_sampling_stands_for_what_is_not_given() -> None:
+    model = fake_model()
+    model.sampling = {"temperature": 0.2, "top_p": 0.9}
+    own, given = model.generate("hi").params, model.generate("hi", temperature=0.7).params
+    assert (own.temperature, own.top_p, own.top_k) == (0.2, 0.9, 40)
+    assert (given.temperature, given.top_p) == (0.7, 0.9)
+    assert fake_model().generate("hi").params.temperature == 0.8
+
+
 def test_the_system_prompt_comes_first() -> None:
     model = fake_model()
     assert model.render("u", system="s") == (
@@ -381,7 +390,7 @@ def test_load_resolves_reports_and_passes_every_option(
 
     def resolve(name: str, *, progress: Any) -> Any:
         progress(Progress())
-        return types.SimpleNamespace(path=tmp_path, name=name)
+        return types.SimpleNamespace(path=tmp_path, name=name, sampling={"top_k": 3})
 
     modules = {
         "hub": {"resolve": resolve, "spill_dir": lambda given: given and Path(given)},
@@ -398,6 +407,7 @@ def test_load_resolves_reports_and_passes_every_option(
         cuda="2GB", kv_spill="there", sequences=3, progress=lambda *a: said.append(a),
     )  # fmt: skip
     assert (model.name, model.path, model.context) == ("some", tmp_path, 99)
+    assert model.sampling == {"top_k": 3}
     assert seen == {
         "path": tmp_path, "load": "ram", "ram": 5, "threads": 2, "context": 99,
         "device": "cuda", "cuda": "2GB",

