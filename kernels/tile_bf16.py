@@ -16,8 +16,8 @@ from numba import types
 from numba.core import cgutils
 
 from .simd import (
-    I8, I32, I64, LANES, VF32, VI32, VOID, address, broadcast, call, constant, f32x16, host_has,
-    load, pointer, primitive, read_memory, store, vector_of, widen_bfloat, write_memory,
+    I8, I32, I64, LANES, VF32, VI16, VI32, VOID, address, broadcast, call, constant, f32x16,
+    host_has, load, pointer, primitive, read_memory, store, vector_of, widen_bfloat, write_memory,
 )  # fmt: skip
 
 PANEL = 16  # rows of A
@@ -55,7 +55,9 @@ def _allowed():
 
 AMX = host_has("amx-bf16") and host_has("amx-tile") and _allowed()
 """Whether products run in AMX tiles."""
-SUPPORTED = AMX or host_has("avx512bf16")
+NATIVE = host_has("avx512bf16")
+"""Whether it has instructions for bfloat16 in vectors; elsewhere the kernels compile, too."""
+SUPPORTED = AMX or NATIVE
 """Whether the host multiplies bfloat16 faster than float32."""
 
 
@@ -64,6 +66,18 @@ def round_bfloat(values):
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), (bits >> 16 | 0x40).astype(np.uint16), rounded)
+
+
+def _narrowed(b, x):
+    """(16,) float32 -> (16,) bfloat16, as `round_bfloat`: elsewhere LLVM would call a library."""
+    if NATIVE:
+        return b.fptrunc(x, BFLOATS)
+    bits = b.bitcast(x, VI32)
+    odd = b.and_(b.lshr(bits, constant(16, VI32)), constant(1, VI32))
+    rounded = b.add(b.add(bits, constant(0x7FFF, VI32)), odd)
+    quiet = b.or_(bits, constant(0x400000, VI32))
+    whole = b.select(b.fcmp_unordered("uno", x, x), quiet, rounded)
+    return b.bitcast(b.trunc(b.lshr(whole, constant(16, VI32)), VI16), BFLOATS)
 
 
 def _twin_rest(x):
@@ -75,7 +89,7 @@ def _twin_rest(x):
 @primitive(f32x16, f32x16, twin=_twin_rest)
 def rest_bf16(b, x):
     """What rounding to bfloat16 takes from each element; 0 beside what is not finite."""
-    rounded = b.fpext(b.fptrunc(x, BFLOATS), VF32)
+    rounded = b.fpext(_narrowed(b, x), VF32)
     size = call(b, "llvm.fabs.v16f32", VF32, [rounded])
     finite = b.fcmp_ordered("<", size, constant(float("inf")))
     return b.select(finite, b.fsub(x, rounded), constant(0.0))
@@ -86,7 +100,7 @@ def rest_bf16(b, x):
 def store_bf16(b, p, x, y):
     """(16,) and (16,) -> 32 bfloat16 at p."""
     order = ir.Constant(vector_of(I32, 32), list(range(32)))
-    both = b.shuffle_vector(b.fptrunc(x, BFLOATS), b.fptrunc(y, BFLOATS), order)
+    both = b.shuffle_vector(_narrowed(b, x), _narrowed(b, y), order)
     store(b, both, p)
 
 
@@ -97,7 +111,7 @@ def store_bf16(b, p, x, y):
 def store_bf16_pairs(b, p, x, y):
     """(16,) and (16,) -> 16 pairs of bfloat16 at p, one of x and one of y."""
     order = ir.Constant(vector_of(I32, 32), [i // 2 + LANES * (i & 1) for i in range(32)])
-    both = b.shuffle_vector(b.fptrunc(x, BFLOATS), b.fptrunc(y, BFLOATS), order)
+    both = b.shuffle_vector(_narrowed(b, x), _narrowed(b, y), order)
     store(b, both, p)
 
 
@@ -123,6 +137,18 @@ def _at(b, base, offset):
     return b.add(base, ir.Constant(I64, offset))
 
 
+def _pair_products(b, total, x, y):
+    """total (16,) plus, in each lane, the products of two bfloat16 of x with two of y, which are
+    (16,) int32."""
+    if NATIVE:
+        pairs = [b.bitcast(v, PAIRS) for v in (x, y)]
+        return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, [total, *pairs])
+    low = [b.bitcast(b.shl(v, constant(16, VI32)), VF32) for v in (x, y)]
+    high = [b.bitcast(b.and_(v, constant(-65536, VI32)), VF32) for v in (x, y)]
+    total = call(b, "llvm.fmuladd.v16f32", VF32, [*low, total])
+    return call(b, "llvm.fmuladd.v16f32", VF32, [*high, total])
+
+
 @primitive(types.void, address, address, address, types.int64, twin=_twin(8))
 def tile8(b, a, right, out, k):
     """8 rows of a panel, K a multiple of 32."""
@@ -133,13 +159,11 @@ def tile8(b, a, right, out, k):
         left = b.add(a, b.mul(loop.index, ir.Constant(I64, BLOCK_BYTES)))
         columns = b.add(right, b.mul(loop.index, ir.Constant(I64, 16 * 128)))
         for pair in range(16):
-            y = [load(b, _at(b, columns, 128 * pair + 64 * j), PAIRS) for j in range(2)]
+            y = [load(b, _at(b, columns, 128 * pair + 64 * j), VI32) for j in range(2)]
             for i in range(8):
                 x = broadcast(b, load(b, _at(b, left, 64 * i + 4 * pair), I32), VI32)
                 for j in range(2):
-                    terms = [b.load(sums[i, j]), b.bitcast(x, PAIRS), y[j]]
-                    total = call(b, "llvm.x86.avx512bf16.dpbf16ps.512", VF32, terms)
-                    b.store(total, sums[i, j])
+                    b.store(_pair_products(b, b.load(sums[i, j]), x, y[j]), sums[i, j])
     for (i, j), total in sums.items():
         store(b, b.load(total), _at(b, out, 128 * i + 64 * j))
 
