@@ -6,6 +6,8 @@ encoding, a minimum m: q8_0 d q; q4_0 d (q - 8); q4_1 d q + m; q4_k and q5_k
 (d s) q - (dmin m) with 6-bit s and m per 32 elements; q6_k (d s) (q - 32) with int8 s per 16.
 """
 
+import numpy as np
+
 from .encoding import Token
 from .jit import inline
 from .vector import (
@@ -120,7 +122,7 @@ def element_bfloat16(row, k):
 
 @inline
 def element_uint8(row, k):
-    return float(peek_u8(row + k))
+    return np.float32(peek_u8(row + k))
 
 
 @inline
