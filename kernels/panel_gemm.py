@@ -149,12 +149,12 @@ def add_above(q, r, s, t, zeros, points, x, rows, out):
 
 
 @jit
-def add_above_halves(q, r, s, t, a, b, zeros, points, below, under, x, rows, out):
-    """The same with two scales and zero points: a, b, `below` and `under` are of the last."""
+def add_above_halves(q, r, s, t, a, b, zeros, points, last_zeros, last_points, x, rows, out):
+    """The same with two scales and zero points: a, b and `last_*` are the last elements'."""
     for i in range(0, rows, ROWS):
         record, total = x + RECORD * i, out + ROW_BYTES * i
         terms = mul_tiles(by_panel(s, t), dots_above_first(q, r, record, zeros, points))
-        last = dots_above_last(q, r, record, below, under)
+        last = dots_above_last(q, r, record, last_zeros, last_points)
         terms = fma_tiles(by_panel(a, b), last, terms)
         store_tile(total, fma_tiles(terms, scales_by_row(record), load_tile(total)))
 
@@ -164,10 +164,10 @@ def above(encoding):
     read = encoding.read
 
     def add(token, one, two, g, x, rows, out):
-        q, s, a, zeros, below, flags = read(one, g)
-        r, t, b, points, under, _ = read(two, g)
+        q, s, a, zeros, last_zeros, flags = read(one, g)
+        r, t, b, points, last_points, _ = read(two, g)
         if flags & HALVES:
-            add_above_halves(q, r, s, t, a, b, zeros, points, below, under, x, rows, out)
+            add_above_halves(q, r, s, t, a, b, zeros, points, last_zeros, last_points, x, rows, out)
         else:
             add_above(q, r, s, t, zeros, points, x, rows, out)
 
