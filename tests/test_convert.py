@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import pytest
-from conversions import check, data_bytes, feeds_of, ours, same, theirs
+from conversions import check, data_bytes, feeds_of, ours, same, theirs, unchanged
 from llama_fixtures import random_weights, write_gguf, write_hf
 from llama_oracle import Tiny
 from onnx import TensorProto
@@ -47,8 +47,10 @@ def test_gguf(tmp_path: Path, encoding: str, stored: str, tiny: Tiny) -> None:
     assert set(matrices(model).values()) == {HALVES[stored]}
     assert len(matrices(model)) == MATRICES + (not tiny.tied)
     same(theirs(out), ours(out))
-    exact = encoding.endswith("F16")
-    same(ours(out), ours(source), 1e-6 if exact else 2e-3)
+    if encoding.endswith("F16"):
+        unchanged(out, source)
+    else:
+        same(ours(out), ours(source), 2e-3)
     _check_size(written, out, tiny)
 
 
@@ -71,9 +73,10 @@ def test_safetensors_of_each_type_as_each(tmp_path: Path, kept: str, dtype: str 
     own = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[kept]
     wanted = {**HALVES, "float32": TensorProto.FLOAT}[dtype or own]
     assert set(matrices(check(out)).values()) == {wanted}
-    lossless = dtype in (None, own, "float32")
-    tolerance = 1e-6 if lossless else 2e-2 if dtype == "bfloat16" else 2e-3
-    same(ours(out), ours(source), tolerance)
+    if dtype in (None, own, "float32"):
+        unchanged(out, source)
+    else:
+        same(ours(out), ours(source), 2e-2 if dtype == "bfloat16" else 2e-3)
     same(theirs(out), ours(out))
 
 
@@ -84,7 +87,7 @@ def test_architectures(tmp_path: Path, tiny: Tiny) -> None:
     write_hf(tmp_path / "hf", tiny, "F16")
     convert(tmp_path / "hf", tmp_path / "out")
     check(tmp_path / "out")
-    same(ours(tmp_path / "out"), ours(tmp_path / "hf"), 1e-6)
+    unchanged(tmp_path / "out", tmp_path / "hf")
     same(theirs(tmp_path / "out"), ours(tmp_path / "out"))
 
 
@@ -99,7 +102,7 @@ def test_one_file(tmp_path: Path) -> None:
         model.SerializeToString()
         == onnx.ModelProto.FromString((tmp_path / "out.onnx").read_bytes()).SerializeToString()
     )
-    same(ours(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"), 1e-6)
+    unchanged(tmp_path / "out.onnx", tmp_path / "m.gguf")
     same(theirs(tmp_path / "out.onnx"), ours(tmp_path / "m.gguf"))
 
 
@@ -125,7 +128,7 @@ def test_shards(tmp_path: Path, limit: int) -> None:
     files = sorted((tmp_path / "out").glob("*.data"))
     assert [f.name for f in files] == [f"model-{i:05d}.data" for i in range(1, len(files) + 1)]
     assert len(files) < MATRICES if limit > 8192 else len(files) >= 12
-    same(ours(tmp_path / "out"), ours(tmp_path / "m.gguf"), 1e-6)
+    unchanged(tmp_path / "out", tmp_path / "m.gguf")
 
 
 def test_converted_again(tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_converted_again(tmp_path: Path) -> None:
     convert(tmp_path / "half", tmp_path / "full", dtype="float32")
     assert set(matrices(check(tmp_path / "full")).values()) == {TensorProto.FLOAT}
     assert len(matrices(check(tmp_path / "full"))) == MATRICES  # the tied table is one still
-    same(ours(tmp_path / "full"), ours(tmp_path / "half"), 1e-6)
+    unchanged(tmp_path / "full", tmp_path / "half")
     same(theirs(tmp_path / "full"), ours(tmp_path / "half"))
 
 
