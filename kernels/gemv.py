@@ -25,17 +25,6 @@ is a second stream that hides the first from the hardware (Zen 4, K = 14336: 12 
 17 with eight rows, for which it comes once)."""
 AHEAD = 384  # bytes: far enough for a line to arrive, near enough to stay in the first cache
 PARTS = 16  # of a matrix in column order, that threads share
-SHORT = 2048  # bytes: a row so short ends before the hardware has noticed that it is read
-
-
-@inline
-def ahead_of(at, stride, together):
-    """Where to prefetch when byte `at` of rows of `stride` bytes is read, `together` at a time:
-    behind a row's end comes the row that is read after it."""
-    if stride < SHORT:
-        return at + together * stride
-    at += AHEAD
-    return at if at < stride else at + (together - 1) * stride
 
 
 @jit
@@ -54,10 +43,11 @@ def dot(token, row, x, k):
 
 
 @inline
-def add_four(token, row, stride, g, ahead, x0, x1, sums):
-    """Group g of four rows times that of x, (16,) and (16,), added to `sums`, two of each row."""
+def add_four(token, row, away, g, ahead, x0, x1, sums):
+    """Group g of four rows, `away` bytes apart, times that of x, (16,) and (16,), added to `sums`,
+    two of each row."""
     a0, b0, a1, b1, a2, b2, a3, b3 = sums
-    r1, r2, r3 = row + stride, row + 2 * stride, row + 3 * stride
+    r1, r2, r3 = row + away, row + 2 * away, row + 3 * away
     prefetch(row + ahead)
     low, high = unpack(token, row, g)
     a0, b0 = fma(low, x0, a0), fma(high, x1, b0)
@@ -80,38 +70,36 @@ def nothing():
 
 
 @inline
-def store_four(sums, y):
-    """The sums of four rows -> (4,) at y."""
+def store_four(sums, y, away):
+    """The sums of four rows -> four floats, `away` bytes apart from y on."""
     a0, b0, a1, b1, a2, b2, a3, b3 = sums
     poke_f32(y, sum_lanes(add(a0, b0)))
-    poke_f32(y + 4, sum_lanes(add(a1, b1)))
-    poke_f32(y + 8, sum_lanes(add(a2, b2)))
-    poke_f32(y + 12, sum_lanes(add(a3, b3)))
+    poke_f32(y + away, sum_lanes(add(a1, b1)))
+    poke_f32(y + 2 * away, sum_lanes(add(a2, b2)))
+    poke_f32(y + 3 * away, sum_lanes(add(a3, b3)))
 
 
 @jit
-def dot4(token, row, stride, x, y, k):
-    """Four rows (4, K) times x (K,) -> (4,) at y; K a multiple of 32."""
-    sums = nothing()
-    step = (stride << 5) // k
+def dot4(token, row, stride, x, y, k, count):
+    """Four rows of K, `count` rows apart, times x (K,) -> four of y; K a multiple of 32."""
+    sums, away, step = nothing(), stride * count, (stride << 5) // k
     for g in range(k >> 5):
         x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        sums = add_four(token, row, stride, g, ahead_of(g * step, stride, 4), x0, x1, sums)
-    store_four(sums, y)
+        sums = add_four(token, row, away, g, g * step + AHEAD, x0, x1, sums)
+    store_four(sums, y, 4 * count)
 
 
 @jit
-def dot8(token, row, stride, x, y, k):
-    """Eight rows (8, K) times x (K,) -> (8,) at y; K a multiple of 32."""
-    first, last = nothing(), nothing()
-    step = (stride << 5) // k
+def dot8(token, row, stride, x, y, k, count):
+    """Eight rows of K, `count` rows apart, times x (K,) -> eight of y; K a multiple of 32."""
+    first, last, away, step = nothing(), nothing(), stride * count, (stride << 5) // k
     for g in range(k >> 5):
         x0, x1 = load_f32(x + 128 * g), load_f32(x + 128 * g + 64)
-        ahead = ahead_of(g * step, stride, 8)
-        first = add_four(token, row, stride, g, ahead, x0, x1, first)
-        last = add_four(token, row + 4 * stride, stride, g, ahead, x0, x1, last)
-    store_four(first, y)
-    store_four(last, y + 16)
+        ahead = g * step + AHEAD
+        first = add_four(token, row, away, g, ahead, x0, x1, first)
+        last = add_four(token, row + 4 * away, away, g, ahead, x0, x1, last)
+    store_four(first, y, 4 * count)
+    store_four(last, y + 16 * count, 4 * count)
 
 
 dot_rows, TOGETHER = (dot8, 8) if host_has("avx512f") else (dot4, 4)
@@ -120,20 +108,22 @@ dot_rows, TOGETHER = (dot8, 8) if host_has("avx512f") else (dot4, 4)
 
 @jit
 def rows(token, args, thread, threads):
-    """args: W (N, K), bytes a row, X, Y, N, K, M, bytes a row of X, of Y."""
+    """args: W (N, K), bytes a row, X, Y, N, K, M, bytes a row of X, of Y.
+
+    Rows side by side are far apart, each the first of a stretch of its own: so a stream goes on
+    where a row ends.
+    """
     weights, stride, x, y, n, k, m, x_step, y_step = (
         arg(args, 0), arg(args, 1), arg(args, 2), arg(args, 3), arg(args, 4), arg(args, 5),
         arg(args, 6), arg(args, 7), arg(args, 8),
     )  # fmt: skip
     start, stop = share(n, TOGETHER, thread, threads)
-    last = start
-    if k & 31 == 0 and 4 * k > RESIDENT:
-        last = start + (stop - start) // TOGETHER * TOGETHER
-        for i in range(start, last, TOGETHER):
-            for v in range(m):
-                out = y + y_step * v + 4 * i
-                dot_rows(token, weights + stride * i, stride, x + x_step * v, out, k)
-    for i in range(last, stop):
+    count = (stop - start) // TOGETHER if k & 31 == 0 and 4 * k > RESIDENT else 0
+    for i in range(start, start + count):
+        for v in range(m):
+            out = y + y_step * v + 4 * i
+            dot_rows(token, weights + stride * i, stride, x + x_step * v, out, k, count)
+    for i in range(start + TOGETHER * count, stop):
         for v in range(m):
             value = dot(token, weights + stride * i, x + x_step * v, k)
             poke_f32(y + y_step * v + 4 * i, value)
