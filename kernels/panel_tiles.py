@@ -17,7 +17,7 @@ from .quads import (
     twin_rounded, u8x512,
 )  # fmt: skip
 from .simd import (
-    FLOAT, I32, I64, VI8, VI32, Vector, address, broadcast, call, f32x16, load,
+    FLOAT, I32, I64, VI8, VI32, Vector, address, broadcast, call, f32x16, lanes_from, load,
     primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
@@ -36,19 +36,15 @@ tile = Vector("tile", WIDE)
 # -- helpers -------------------------------------------------------------------------------------
 
 
-def _lanes(first, count):
-    return ir.Constant(vector_of(I32, count), list(range(first, first + count)))
-
-
 def _quad(b, q, i):
     """Quad i of a group."""
-    return b.shuffle_vector(q, ir.Constant(q.type, ir.Undefined), _lanes(16 * i, 16))
+    return b.shuffle_vector(q, ir.Constant(q.type, ir.Undefined), lanes_from(16 * i, 16))
 
 
 def _joined(b, parts):
     """A tile's vectors, by rows and panels, one behind the other."""
     while len(parts) > 1:
-        order = _lanes(0, 2 * parts[0].type.count)
+        order = lanes_from(0, 2 * parts[0].type.count)
         pairs = zip(parts[::2], parts[1::2], strict=True)
         parts = [b.shuffle_vector(x, y, order) for x, y in pairs]
     return parts[0]

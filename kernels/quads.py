@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba import types
 
 from .simd import (
-    FLOAT, I8, I16, I32, I64, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
-    f32x16, host_has, load, primitive, read_memory, store, vector_of, write_memory,
+    FLOAT, I8, I16, I32, I64, LANES, VF32, VI8, VI32, Vector, address, broadcast, call, constant,
+    f32x16, host_has, lanes_from, load, primitive, read_memory, store, vector_of, write_memory,
 )  # fmt: skip
 from .vector import f32, i64
 
@@ -31,8 +31,28 @@ SUPPORTED = host_has("avx512vnni")
 """Whether the host multiplies bytes fast enough for panels to pay (vpdpbusd)."""
 
 
+UPPER_BITS = 0x1020408000000000
+"""The matrix over bits that takes a byte to its upper half (gf2p8affineqb): a byte a bit of what
+it gives, the last byte for bit 0."""
+
+
 def _nibbles(mask):
     return ir.Constant(I32, mask * 0x01010101)
+
+
+def _upper(b, packed):
+    """The upper halves of the bytes of a vector: one instruction where there is one."""
+    count = packed.type.count
+    if not (SUPPORTED and host_has("gfni")):
+        shifted = b.lshr(packed, constant(4, packed.type))
+        return b.and_(shifted, broadcast(b, _nibbles(15), packed.type))
+    if count > LANES:
+        half = count // 2
+        ends = (b.shuffle_vector(packed, packed, lanes_from(i, half)) for i in (0, half))
+        return b.shuffle_vector(*(_upper(b, end) for end in ends), lanes_from(0, count))
+    bits = b.bitcast(constant(UPPER_BITS, vector_of(I64, 8)), BYTES)
+    operands = [b.bitcast(packed, BYTES), bits, ir.Constant(I8, 0)]
+    return b.bitcast(call(b, "llvm.x86.vgf2p8affineqb.512", BYTES, operands), packed.type)
 
 
 @primitive(u8x512, address, twin=lambda p: read_memory(p, np.uint8, 512))
@@ -50,10 +70,8 @@ def _twin_split(p):
 def load_split_quads(b, p):
     """Four quads of bytes -> their lower halves, then their upper halves."""
     packed = load(b, p, HALF_QUADS)
-    mask = broadcast(b, _nibbles(15), HALF_QUADS)
-    low = b.and_(packed, mask)
-    high = b.and_(b.lshr(packed, constant(4, HALF_QUADS)), mask)
-    return b.shuffle_vector(low, high, ir.Constant(QUADS, list(range(128))))
+    low = b.and_(packed, broadcast(b, _nibbles(15), HALF_QUADS))
+    return b.shuffle_vector(low, _upper(b, packed), lanes_from(0, 128))
 
 
 @primitive(u8x512, u8x512, twin=lambda q: q & 15)
@@ -65,7 +83,7 @@ def lower_nibbles(b, q):
 @primitive(u8x512, u8x512, twin=lambda q: q >> 4)
 def upper_nibbles(b, q):
     """The upper halves."""
-    return b.and_(b.lshr(q, constant(4, QUADS)), broadcast(b, _nibbles(15), QUADS))
+    return _upper(b, q)
 
 
 def _raised(mask, name):
@@ -114,8 +132,7 @@ def _sum_of_products(b, q, record, first, last, start):
     """start (16,) int32 plus quads first .. last times a record's elements -> (16,) float32."""
     sums = [constant(0, VI32), start]
     for j in range(first, last):
-        lanes = ir.Constant(VI32, list(range(16 * j, 16 * j + 16)))
-        quad = b.shuffle_vector(q, ir.Constant(QUADS, ir.Undefined), lanes)
+        quad = b.shuffle_vector(q, ir.Constant(QUADS, ir.Undefined), lanes_from(16 * j, 16))
         for part in range(2):
             where = b.add(record, ir.Constant(I64, 32 * part + 4 * j))
             x = broadcast(b, load(b, where, I32), VI32)

@@ -126,6 +126,11 @@ def broadcast(builder, scalar, llvm_type=VF32):
     return builder.shuffle_vector(first, undefined, constant(0, vector_of(I32, llvm_type.count)))
 
 
+def lanes_from(first, count):
+    """Which lanes a shuffle takes: `count` from `first` on."""
+    return ir.Constant(vector_of(I32, count), list(range(first, first + count)))
+
+
 def half_to_float(builder, bits):
     """<n x i16> holding fp16 -> <n x float>; by integer arithmetic where the CPU cannot."""
     count = bits.type.count
