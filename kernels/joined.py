@@ -9,8 +9,8 @@ later one reads nothing of the earlier one's but what the same share wrote, as w
 gives is activated, multiplied, rotated or added element by element. Such calls become one row: each
 share of it runs its part of all of them, and finds what it needs in its own cache.
 
-Such a row has one share a member, not two: each starts on as few stretches of memory as it would
-with two of one matrix alone.
+Such calls have one share a member, or more where they are cut alike then, too: a member that is
+held up for a moment leaves the rest to others.
 
 What a call computes is what it computes by itself: so nothing changes, not even the last bit.
 """
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from .jit import JIT, arg, kernel
 from .threads import COLUMNS, LINE, call_kernel
 from .vector import peek_i64, prefetch
+
+SHARE_BYTES = 1 << 17  # of weights: some 10 us, far longer than it takes to claim a share
 
 
 @kernel
@@ -41,7 +43,8 @@ class Flow:
 
     A share writes `each` elements of every one of its `items`, which are dealt out in blocks of
     `align`; of what is in `own` it reads the same elements and no others, of what is in `whole` it
-    may read all. With 0 items nobody knows which share writes what.
+    may read all. With 0 items nobody knows which share writes what. `weights` are the bytes of its
+    weights, of which each share reads its own.
     """
 
     writes: tuple
@@ -50,6 +53,7 @@ class Flow:
     items: int = 0
     align: int = 1
     each: int = 1
+    weights: int = 0
 
     def cut(self, shares):
         """Where the shares begin, in elements, and where the last one ends."""
@@ -80,6 +84,22 @@ def rows_of(parts, shares):
         else:
             rows.append([line])
     return rows
+
+
+def shares_of(row, team):
+    """Into how many shares a row is cut, as SHARES_ROW says it: the more, the better it is dealt
+    out, as long as each has enough to read and its calls need not wait for one another."""
+    if row[0].serial:
+        return 1
+    flows = [line.flow for line in row]
+    wanted = sum(flow.weights for flow in flows if flow) // SHARE_BYTES
+    shares = team.most
+    while shares > team.size:
+        apart = (_is_independent(flow, row[:i], shares) for i, flow in enumerate(flows))
+        if shares <= wanted and all(apart):
+            return shares
+        shares //= 2
+    return team.size if len(row) > 1 else 0
 
 
 def _lines(parts):

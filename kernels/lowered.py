@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..registry import op
-from .joined import joined, rows_of
+from .joined import joined, rows_of, shares_of
 from .threads import COLUMNS, SHARES_ROW, fill_table, team
 
 FEW_ROWS = 8
@@ -82,7 +82,7 @@ class Table:
             behind += len(row) if len(row) > 1 else 0
             self._functions.append(call[0])
             fill_table(self._lines[i:], [call])
-            self._lines[i, SHARES_ROW] = team().size if len(row) > 1 else row[0].serial
+            self._lines[i, SHARES_ROW] = shares_of(row, team())
             where += [(place + j, 1 + a, by) for j, line in enumerate(row) for a, by in line.growth]
         self._rows, self._columns, self._steps = np.array(where, np.int64).reshape(-1, 3).T
         self._start = self._lines[self._rows, self._columns]

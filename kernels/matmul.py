@@ -116,7 +116,10 @@ def _few(x, weight, out, room):
     kernel, y, y_step = _kernel("gemv", weight), out.ctypes.data, out.strides[0]
     written, source = ((y, out.nbytes),), (where[2], x.nbytes)
     if weight.order == "rows":
-        flow = Flow(written, whole=(source,), items=n if m == 1 else 0, align=gemv.TOGETHER)
+        flow = Flow(
+            written, whole=(source,), items=n if m == 1 else 0, align=gemv.TOGETHER,
+            weights=weight.row_bytes * n,
+        )  # fmt: skip
         call = (kernel, *where, y + 4 * weight.first, n, k, m, 4 * k, y_step)
         return Rows((out,), [call], flows=(flow,), source=source)
     each = gemv.sum_bytes(n)
@@ -136,11 +139,12 @@ def _one_packed(x, weight, out, room):
     # Apart from those of another length: while a share makes records of what a product gives, the
     # others may still read those of its x.
     records, kept, fresh = room(nbytes, quantize_rows, f"records of {k}")
-    scratch, each, held = team().scratch(64 * TOGETHER)
+    scratch, each, held = team().scratch(64 * TOGETHER, team().most)
     where, onto = (weight.address, weight.row_bytes, records), int(begin > 0)
     todo = [(_kernel("gemv", weight), *where, y + 4 * weight.first, n, k, scratch, each, onto)]
     made = ((records, nbytes),)
-    flows = [Flow(((y, out.nbytes),), whole=made, items=n, align=16)]
+    read = weight.row_bytes * -(-n // 16)
+    flows = [Flow(((y, out.nbytes),), whole=made, items=n, align=16, weights=read)]
     if fresh or begin:
         todo.insert(0, (quantize_rows, source, 0, records, 1, k, 1))
         flows.insert(0, Flow(made, own=((source, 4 * k),), items=k // 32, each=32))

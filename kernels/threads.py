@@ -5,12 +5,12 @@ team's state is one int64 a cache line: claims, row, done, shares, then one "par
 member.
 
 A row is cut into shares, two a member unless it says otherwise; a kernel's (thread, threads) are a
-share and their number. A member takes its own shares first, so that on a quiet machine the cut is
-static, and then those that nobody has taken: a member that the system has put aside holds up
-nobody, unless it has begun a share. Who waits for that sleeps after a while, on a futex where there
-is one: spinning would use up the time that the system gives to the program, and a busy machine has
-little of it. `claims` holds the row's serial number above a bit for each share that is taken, or is
-not there.
+share and their number. A member takes its own shares first, one behind the other, so that on a
+quiet machine the cut is static, and then those that nobody has taken, another's last one first: a
+member that the system has put aside holds up nobody, unless it has begun a share. Who waits for
+that sleeps after a while, on a futex where there is one: spinning would use up the time that the
+system gives to the program, and a busy machine has little of it. `claims` holds the row's serial
+number above a bit for each share that is taken, or is not there.
 
 The calling thread is member 0 and leads from row to row. The others spin for a moment between
 tables, sleep for a moment, and then park in Python on an event, so that an idle engine costs
@@ -44,9 +44,10 @@ MEMBER_SPINS = 80000  # as long as what Python does between two tables, and more
 SPINS_BEFORE_PARKING = 160000
 SPINS_A_SLEEP = 20000  # what a sleep counts for
 SHARES_ROW = COLUMNS - 1  # this column of a row: into how many shares it is cut, at most as many
-# as any is; 0 when it is as many. What is not worth sharing is 1: the leader runs it alone.
+# as any is; 0 when it is two a member. What is not worth sharing is 1: the leader runs it alone.
 TAKEN = (1 << SERIAL) - 1  # of claims: nothing is left
 MAX_THREADS = 32
+FINEST = 8  # shares a member, of any row
 KEPT_EACH, KEPT = 1 << 18, 1 << 20  # bytes of a share's, and of common working memory that a team
 # keeps; more is lent by the arena, for a call
 
@@ -93,15 +94,16 @@ def call_kernel(b, function, args, thread, threads):
 
 
 @jit
-def claim(state, serial, first, shares):
-    """Take a share of row `serial`, from `first` on around; -1 when none is left."""
+def claim(state, serial, first, own, shares):
+    """Take a share of row `serial`: one of the `own` from `first` on, or the next before them,
+    around; -1 when none is left."""
     while True:
         claims = atomic_load(state + CLAIMS)
         if claims >> SERIAL != serial:
             return -1
         found = -1
         for i in range(shares):
-            share = (first + i) % shares
+            share = (first + (i if i < own else own - 1 - i)) % shares
             if claims >> share & 1 == 0:
                 found = share
                 break
@@ -112,33 +114,36 @@ def claim(state, serial, first, shares):
 
 
 @jit
-def work(state, serial, first, shares):
+def work(state, serial, member, members, shares):
     """Run shares of row `serial` until none is left. Of another row's number of `shares` none is
     free, and the row stays as long as one that was taken is not done."""
-    share = claim(state, serial, first, shares)
+    first = member * shares // members
+    own = (member + 1) * shares // members - first
+    share = claim(state, serial, first, own, shares)
     while share >= 0:
         row, shares = atomic_load(state + ROW), atomic_load(state + SHARES)
         call_kernel(peek_i64(row), row + 8, share, shares)
         atomic_add(state + DONE, 1)
         if atomic_load(state + WAITING):
             wake(state + DONE)
-        share = claim(state, serial, first, shares)
+        share = claim(state, serial, first, own, shares)
 
 
 @kernel
 def team_lead(args, thread, threads):
-    """Walk a table as member 0. args: state, table, rows, shares of a row that does not say.
+    """Walk a table as member 0. args: state, table, rows, shares of a row that does not say, and
+    the most of any.
 
     Shapes: table (rows, COLUMNS).
     """
-    state, table, most = arg(args, 0), arg(args, 1), arg(args, 3)
+    state, table, most = arg(args, 0), arg(args, 1), arg(args, 4)
     for i in range(arg(args, 2)):
         row = table + 8 * COLUMNS * i
-        shares = min(most, peek_i64(row + 8 * SHARES_ROW))
-        if shares == 1 or most == 1:
+        said = peek_i64(row + 8 * SHARES_ROW)
+        shares = min(most, said) if said else arg(args, 3)
+        if shares == 1:
             call_kernel(peek_i64(row), row + 8, 0, 1)
             continue
-        shares = shares if shares else most
         serial = (atomic_load(state + CLAIMS) >> SERIAL) + 1 & 0x3FFFFFFF
         atomic_store(state + ROW, row)
         atomic_store(state + SHARES, shares)
@@ -147,7 +152,7 @@ def team_lead(args, thread, threads):
         atomic_store(state + STARTED, serial)
         if atomic_load(state + SLEEPERS):
             wake(state + STARTED)
-        work(state, serial, 0, shares)
+        work(state, serial, 0, threads, shares)
         spins, done = 0, atomic_load(state + DONE)
         while done < shares:
             spins += 1
@@ -174,7 +179,7 @@ def team_member(args, thread, threads):
         if now != serial:
             serial, spins = now, 0
             shares = atomic_load(state + SHARES)
-            work(state, serial, thread * shares // threads, shares)
+            work(state, serial, thread, threads, shares)
             continue
         if spins > SPINS_BEFORE_PARKING:
             atomic_store(parked, 1)
@@ -199,24 +204,27 @@ class Team:
         self._memory = memory
         skip = -memory.ctypes.data % LINE // 8
         self._state = memory.ctypes.data + 8 * skip
-        self.shares = 1 if self.size == 1 else min(2 * self.size, SERIAL)
+        self.shares, self.most = (
+            1 if self.size == 1 else min(n * self.size, SERIAL) for n in (2, FINEST)
+        )
         memory[skip + TIMEOUT // 8 :][:2] = 0, 2_000_000  # seconds, nanoseconds
         memory[skip + CLAIMS // 8] = TAKEN  # nothing to take before the first row
         self._parked = memory[skip + PARKED // 8 :: LINE // 8][1 : self.size]
-        self._args = np.array([self._state, 0, 0, self.shares], np.int64)
+        self._args = np.array([self._state, 0, 0, self.shares, self.most], np.int64)
         self._table = np.zeros((16, COLUMNS), np.int64)
         self._rooms = {}  # what it keeps of working memory, by name
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(self.size)]
         self._started = False
 
-    def scratch(self, each):
+    def scratch(self, each, shares=0):
         """Working memory of at least `each` bytes a share: address, bytes between, what holds it.
 
         All kernels that run one after the other may share it; a later call may get other memory.
+        It is for two shares a member, or for more if `shares` says so.
         """
-        each = (each + 4095) // 4096 * 4096
-        where, held = self._room("scratch", each * self.shares, KEPT_EACH * self.shares)
+        each, shares = (each + 4095) // 4096 * 4096, shares or self.shares
+        where, held = self._room("scratch", each * shares, KEPT_EACH * self.shares)
         return where, each, held
 
     def workspace(self, nbytes, name="workspace"):
@@ -268,7 +276,8 @@ class Team:
         if JIT:
             return self._run_table(table.ctypes.data, len(functions))
         for line, function in zip(table, functions, strict=False):
-            shares = min(self.shares, int(line[SHARES_ROW]) or self.shares)
+            said = int(line[SHARES_ROW])
+            shares = min(self.most, said) if said else self.shares
             for share in range(shares):
                 function(line.ctypes.data + 8, share, shares)
         return None

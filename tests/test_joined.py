@@ -23,7 +23,7 @@ from onnxstream_nb.kernels.matmul import lower_matmul
 from onnxstream_nb.kernels.norm import lower_rms
 from onnxstream_nb.kernels.pointwise import add_f32, multiply_f32
 from onnxstream_nb.kernels.rope import lower_rotary
-from onnxstream_nb.kernels.threads import set_threads
+from onnxstream_nb.kernels.threads import Team, set_threads
 from onnxstream_nb.weights import Weight
 
 THREADS = pytest.mark.parametrize("threads", [1, 2, 5])
@@ -91,6 +91,33 @@ def test_shares_must_begin_at_the_same_elements_for_their_number() -> None:
     parts = call("a", written(1000, 96, 4)), call("b", written(2000, 96, 16, own=((1000, 384),)))
     assert joined(*parts, shares=3) == ["ab"]
     assert joined(*parts, shares=4) == ["a", "b"]
+
+
+@pytest.mark.parametrize("size, reads, items, shares", [
+    (2, 16, 256, 16), (2, 15, 256, 8), (2, 4, 256, 4), (2, 3, 256, 2), (2, 0, 256, 2),
+    (2, 16, 80, 2), (1, 16, 256, 1), (3, 40, 384, 24), (5, 40, 512, 32), (5, 31, 512, 16),
+])  # fmt: skip
+def test_a_row_is_cut_as_finely_as_its_calls_allow(
+    size: int, reads: int, items: int, shares: int
+) -> None:
+    """By what it reads, and so that a share still finds what it wrote itself: 80 elements in blocks
+    of 16 and of 32 begin alike in 2 shares only."""
+    first = written(100_000, items, 16, weights=reads * module.SHARE_BYTES)
+    align = 32 if items == 80 else 16
+    follows = written(200_000, items, align, own=((100_000, 4 * items),))
+    rows = rows_of([call("a", first), call("b", follows)], size)
+    assert [len(row) for row in rows] == [2]
+    assert module.shares_of(rows[0], Team(size)) == shares
+
+
+def test_a_call_alone_is_cut_by_what_it_reads() -> None:
+    def shares(flow: Flow | None, serial: bool = False) -> int:
+        [row] = rows_of([call("a", flow, serial)], 2)
+        return module.shares_of(row, Team(2))
+
+    assert shares(None) == shares(written(0)) == 0
+    assert shares(written(0, weights=1 << 30)) == 16
+    assert shares(written(0, weights=1 << 30), serial=True) == shares(None, serial=True) == 1
 
 
 def test_a_look_at_a_part_is_waited_for() -> None:

@@ -49,6 +49,12 @@ def count_by_shares(args: int, thread: int, threads: int) -> None:
 
 
 @Uncached
+def write_down(args: int, thread: int, threads: int) -> None:
+    """args: a counter, cells (threads,). Writes which share it is into the next cell."""
+    atomic_store(arg(args, 1) + 8 * atomic_add(arg(args, 0), 1), thread)
+
+
+@Uncached
 def add_arguments(args: int, thread: int, threads: int) -> None:
     """args: a cell, then 30 numbers, of which number i counts i times."""
     if thread == 0:
@@ -120,7 +126,7 @@ def test_many_runs_of_many_rows(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rows_may_be_cut_into_fewer_shares(size: int) -> None:
+def test_rows_may_be_cut_into_fewer_or_more_shares(size: int) -> None:
     """Each of another number than the row before it: nobody takes a share that is not there."""
 
     def body() -> None:
@@ -128,13 +134,21 @@ def test_rows_may_be_cut_into_fewer_shares(size: int) -> None:
         wanted = [0, 1, size, 0, 2, 1, 3, 100, size, size + 1, 1, 0] * 20
         for _ in range(50):
             squad.run([(count_by_shares, cells.ctypes.data)] * len(wanted), tuple(wanted))
-        most = squad.shares
-        cut = [min(most, n) if n else most for n in wanted]
+        cut = [min(squad.most, n) if n else squad.shares for n in wanted]
         for shares in range(33):
             assert (cells[shares, :shares] == 50 * cut.count(shares)).all()
             assert not cells[shares, shares:].any()
 
     within_limit(body)
+
+
+def test_a_member_takes_its_own_shares_and_then_another_s_from_behind() -> None:
+    if not JIT:
+        pytest.skip("uncompiled kernels run one after the other")
+    squad, count, cells = Team(2), np.zeros(1, np.int64), np.zeros(16, np.int64)
+    squad._started = True  # but for the caller, nobody comes
+    squad.run([(write_down, count.ctypes.data, cells.ctypes.data)], (16,))
+    assert cells.tolist() == [*range(8), *reversed(range(8, 16))]
 
 
 def test_a_run_of_no_rows_does_nothing() -> None:
