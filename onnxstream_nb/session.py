@@ -303,7 +303,8 @@ class Session:
         self, values: dict[str, Any], wanted: Sequence[str], feeds: Mapping[str, Any], stay: bool
     ) -> dict[str, Any]:
         """The outputs, each the caller's own: none is a feed, and no two are one array."""
-        results, taken = {}, {id(feed) for feed in feeds.values()}
+        # What a replay computed is copied, each for itself.
+        results, taken = {}, set() if self._replay else {id(feed) for feed in feeds.values()}
         for name in wanted:
             value = self._output(values, name, stay)
             if isinstance(value, np.ndarray) and id(value) in taken:
