@@ -29,15 +29,21 @@ def read_memory_fast(args, thread, threads):
 
 
 @op("ReadBandwidth", domain="onnxstream_nb", uses=("read_memory_fast",))
-def read_bandwidth(nbytes, threads, repetitions=5):
-    """Bytes a second when `threads` read a buffer of `nbytes` several times: the mean, as the speed
-    that is held against it is one of many tokens, what disturbs the machine included."""
+def bandwidth_reader(nbytes, threads, repetitions=5):
+    """What reads a buffer of `nbytes` several times by `threads`, and gives the bytes a second: the
+    mean, as the speed that is held against it is one of many tokens, what disturbs the machine
+    included. The buffer stays as long as it does: where a hypervisor takes back what is free, the
+    one that comes and goes slows down what is measured after it."""
     nbytes = max(CHUNK, nbytes // CHUNK * CHUNK)
-    buffer = np.ones(nbytes // 4 + 16, np.float32)
-    crew, times = team_of(threads), []
+    buffer, crew = np.ones(nbytes // 4 + 16, np.float32), team_of(threads)
     sums = np.zeros(16 * crew.shares, np.float32)
-    for _ in range(repetitions + 1):
-        begun = time.perf_counter()
-        crew.run([(read_memory_fast, buffer.ctypes.data, nbytes, sums.ctypes.data)])
-        times.append(time.perf_counter() - begun)
-    return nbytes * repetitions / sum(times[1:])
+
+    def read():
+        times = []
+        for _ in range(repetitions + 1):
+            begun = time.perf_counter()
+            crew.run([(read_memory_fast, buffer.ctypes.data, nbytes, sums.ctypes.data)])
+            times.append(time.perf_counter() - begun)
+        return nbytes * repetitions / sum(times[1:])
+
+    return read

@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -145,7 +145,7 @@ def measure(
     finally:
         llm.close()
     report("measuring read bandwidth", None)
-    bandwidth = read_bandwidth(per_token, threads)
+    bandwidth = bandwidth_reader(per_token, threads)()
     return {
         "model": name, "size_bytes": size, "params": params,
         "backend": "CUDA" if on_device else "CPU", "gpu_bytes": on_device,
@@ -192,14 +192,15 @@ def _timed(llm: LanguageModel, ids: Sequence[int], *, single: bool) -> float:
     return time.perf_counter() - started
 
 
-def read_bandwidth(nbytes: int, threads: int) -> float:
-    """Bytes per second that `threads` threads read from a buffer of `nbytes`, or of half of the
-    free memory when that is less."""
+def bandwidth_reader(nbytes: int, threads: int) -> Callable[[], float]:
+    """What measures the bytes a second that `threads` threads read from a buffer of `nbytes`, or of
+    half of the free memory when that is less: the same buffer every time."""
     operator = registry.lookup("ReadBandwidth", "onnxstream_nb", 1)
     if operator is None:
         raise UsageError("this installation lacks its ReadBandwidth kernel: install it again")
     room = max(1 << 20, device.memory_available() // 2)
-    return float(operator.function(min(nbytes, room), threads))
+    reader: Callable[[], float] = operator.function(min(nbytes, room), threads)
+    return reader
 
 
 def stream_rate(provider: StreamProvider, seconds: float = 0.2) -> float:

@@ -136,7 +136,7 @@ def language_model(monkeypatch: pytest.MonkeyPatch) -> type[FakeLanguageModel]:
         )
     )
     monkeypatch.setattr(measure, "time", clock)
-    asked = SimpleNamespace(function=lambda nbytes, threads: 1e4 * threads)
+    asked = SimpleNamespace(function=lambda nbytes, threads: lambda: 1e4 * threads)
     monkeypatch.setattr(registry, "lookup", lambda *key: asked)
     return FakeLanguageModel
 
@@ -203,8 +203,8 @@ def test_bandwidth_buffer_fits_in_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     entry = SimpleNamespace(function=lambda *a: asked.append(a) or 1.0)
     monkeypatch.setattr(registry, "lookup", lambda *key: entry)
     monkeypatch.setattr(measure.device, "memory_available", lambda: 10_000_000)
-    measure.read_bandwidth(10**12, 3)
-    measure.read_bandwidth(1000, 1)
+    measure.bandwidth_reader(10**12, 3)
+    measure.bandwidth_reader(1000, 1)
     assert asked == [(5_000_000, 3), (1000, 1)]
 
 

@@ -64,7 +64,7 @@ def bench(path: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> dict[s
 def test_a_run_keeps_packed_weights_and_doctor_counts_them(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(measure, "read_bandwidth", lambda *_: 1e9)
+    monkeypatch.setattr(measure, "bandwidth_reader", lambda *_: lambda: 1e9)
     path = tmp_path / "m.gguf"
     write_gguf(path, TINY, "Q8_0")
     without = bench(path, capsys)

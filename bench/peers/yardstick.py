@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from protocol import seconds
 
-from onnxstream_nb.measure import read_bandwidth
+from onnxstream_nb.measure import bandwidth_reader
 
 RUNS = 5
 
@@ -30,10 +30,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     threads = parser.parse_args().threads
     print(json.dumps({"numpy": np.__version__}), flush=True)
+    nbytes, read = 0, lambda: 0.0
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if request.pop("do") == "bandwidth":
-            speed = read_bandwidth(request["nbytes"], threads)
+            if request["nbytes"] != nbytes:
+                nbytes = request["nbytes"]
+                read = bandwidth_reader(nbytes, threads)
+            speed = read()
         else:
             speed = sgemm(**request)
         print(json.dumps({"speed": speed}), flush=True)
