@@ -32,8 +32,8 @@ def read_memory_fast(args, thread, threads):
 def bandwidth_reader(nbytes, threads, repetitions=5):
     """What reads a buffer of `nbytes` several times by `threads`, and gives the bytes a second: the
     mean, as the speed that is held against it is one of many tokens, what disturbs the machine
-    included. The buffer stays as long as it does: where a hypervisor takes back what is free, the
-    one that comes and goes slows down what is measured after it."""
+    included. The buffer stays as long as it does: one that comes and goes keeps the system busy,
+    which may slow down what is measured after it."""
     nbytes = max(CHUNK, nbytes // CHUNK * CHUNK)
     buffer, crew = np.ones(nbytes // 4 + 16, np.float32), team_of(threads)
     sums = np.zeros(16 * crew.shares, np.float32)
