@@ -16,7 +16,6 @@ from itertools import pairwise
 from typing import Any
 
 from harness import (
-    Peer,
     parser,
     report,
     spread,
@@ -30,9 +29,11 @@ from weights import locate
 DEFAULT = ["smollm2-135m", *(f"tinyllama:{dtype}" for dtype in ("f16", "q8_0", "q4_0", "q4_k"))]
 
 
-def cases(name: str, yardstick: Peer, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One model at every depth."""
-    with start_engine(locate(name), max(given.depths) + given.gen, given) as engine:
+def cases(name: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One model at every depth, with a yardstick of its own: its buffer is as large as the model,
+    and gone before the next one is loaded."""
+    context = max(given.depths) + given.gen
+    with start_engine(locate(name), context, given) as engine, start_yardstick(given) as yardstick:
         weights = engine.facts["bytes_per_token"]
         for depth in given.depths:
             # Half of the tokens are behind the depth when the middle one is read.
@@ -72,8 +73,7 @@ def main() -> None:
     arguments.add_argument("--gen", type=int, default=64)
     arguments.add_argument("--precision", help="of onnxstream_nb")
     given = arguments.parse_args()
-    with start_yardstick(given) as yardstick:
-        results = [case for name in given.models for case in cases(name, yardstick, given)]
+    results = [case for name in given.models for case in cases(name, given)]
     titles = (
         "model", "depth", "t/s (range)", "MB a token: weights + cache", "read GB/s",
         "of it: weights", "with cache",
